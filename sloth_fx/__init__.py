@@ -1,0 +1,35 @@
+"""A model-agnostic ``torch.fx`` rewriter for the attention of diffusion denoisers."""
+
+from sloth_fx.context import TimestepContext
+from sloth_fx.errors import SlothError
+from sloth_fx.inspection import context, graph, inspect, report
+from sloth_fx.report import Report
+from sloth_fx.schedule import Constant, Moment, NoiseSchedule, PeakDecay, StepDecay
+from sloth_fx.serialize import load_spec
+from sloth_fx.spec import NearSightedAttention, NearSightedTile, Reduction, SlothfulAttention
+from sloth_fx.transform import transform
+from sloth_fx.warmup import warmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Constant",
+    "Moment",
+    "NearSightedAttention",
+    "NearSightedTile",
+    "NoiseSchedule",
+    "PeakDecay",
+    "Reduction",
+    "Report",
+    "SlothError",
+    "SlothfulAttention",
+    "StepDecay",
+    "TimestepContext",
+    "context",
+    "graph",
+    "inspect",
+    "load_spec",
+    "report",
+    "transform",
+    "warmup",
+]

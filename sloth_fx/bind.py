@@ -1,0 +1,116 @@
+"""Step four: a clone of the model that shares its weights, in which rewritten owners run the generated function."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sloth_fx.capture.call import read_call
+from sloth_fx.errors import SlothError
+
+_ORIGINAL = "_sloth_fx_original_forward"
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` over the same storage.
+
+    Parameters and buffers are new tensor objects (one per distinct tensor, so ties survive): moving or casting the
+    copy leaves the original as it is. Everything else (processors, bound methods, hooks) is copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = _alias(tensor)
+    with _SharedTensors():
+        return copy.deepcopy(model, memo)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    alias: Tensor = tensor.detach()
+    if isinstance(tensor, nn.Parameter):
+        alias = nn.Parameter(alias, requires_grad=tensor.requires_grad)
+    return alias
+
+
+class _SharedTensors(TorchFunctionMode):
+    """While the model is copied: tensors it holds in other places (an offload hook's weights) are shared too."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _alias(args[0]) if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One generated function and the calls it serves.
+
+    ``sizes`` and ``types`` are ``None`` where the capture follows the tensors that arrive, else what it was made for.
+    """
+
+    pattern: tuple[Any, ...]
+    function: Callable[..., Any]
+    sizes: list[torch.Size] | None = None
+    types: list[tuple[torch.dtype, torch.device]] | None = None
+
+    def serves(self, pattern: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+        if self.pattern != pattern:
+            return False
+        if self.sizes is not None and self.sizes != [tensor.shape for tensor in tensors]:
+            return False
+        return self.types is None or self.types == [(tensor.dtype, tensor.device) for tensor in tensors]
+
+
+@dataclass(eq=False)
+class Variants:
+    """What structurally identical owners share: their variants, and how to make one for a call not seen before."""
+
+    known: list[Variant]
+    recapture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Variant]
+
+    def add(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        """Capture a call that no variant serves, and remember it."""
+        if torch.compiler.is_compiling():
+            raise SlothError(
+                f"{type(owner).__name__} is called in a way that its capture does not cover; run the patched model "
+                "once with these arguments before compiling it"
+            )
+        self.known.append(self.recapture(owner, args, kwargs))
+        return self.known[-1]
+
+
+def make_forward(variants: Variants) -> Callable[..., Any]:
+    """The forward of owners that share ``variants``: one function object, so that compiled blocks can be reused."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        pattern, tensors = read_call(args, kwargs)
+        for variant in variants.known:
+            if variant.serves(pattern, tensors):
+                return variant.function(self, *tensors)
+        return variants.add(self, args, kwargs).function(self, *tensors)
+
+    return forward
+
+
+def bind(owner: nn.Module, forward: Callable[..., Any], operators: dict[str, nn.Module]) -> None:
+    """Give ``owner`` the generated forward and its operators (parameter-free children, so ``state_dict`` stays)."""
+    for name, operator in operators.items():
+        owner.add_module(name, operator)
+    slot = "_old_forward" if "_hf_hook" in owner.__dict__ else "forward"  # accelerate's hook wraps what lies there
+    owner.__dict__[_ORIGINAL] = owner.__dict__.get(slot)
+    setattr(owner, slot, types.MethodType(forward, owner))
+
+
+def unbound(owner: nn.Module) -> nn.Module:
+    """``owner`` (of a skeleton) with the forward it had before :func:`bind`."""
+    original = owner.__dict__.pop(_ORIGINAL, None)
+    owner.__dict__.pop("forward", None)
+    if original is not None:
+        owner.forward = original
+    return owner

@@ -1,0 +1,108 @@
+"""Capture an owner twice, at two sizes, and see what its graph depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sloth_fx.capture.call import read_call
+from sloth_fx.capture.recorder import Recorder
+from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.errors import SlothError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Capture:
+    """The graph of one owner for one pattern of call.
+
+    ``any_size``: captured at two sizes it came out the same, so no size is baked in. ``any_type``: neither dtype nor
+    device is. Where one of them is, the graph serves only calls like the one it was captured from.
+    """
+
+    owner: nn.Module
+    graph: fx.Graph
+    pattern: tuple[Any, ...]
+    any_size: bool
+    any_type: bool
+
+
+def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None) -> Capture:
+    """Capture ``owner.forward`` for the fake arguments ``call``; ``other`` is the same call at another size.
+
+    Raises :class:`SlothError` with the reason when the forward cannot be captured.
+    """
+    try:
+        recorder, any_type = _record(skeleton, owner, call)
+        again = _record(skeleton, owner, other)[0] if other is not None else None
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise SlothError(
+            f"the forward of {type(owner).__name__} cannot be captured: {type(error).__name__}: "
+            f"{reason[0] if reason else 'no message'}"
+        ) from error
+    pattern, _ = read_call(*call)
+    return Capture(
+        owner=owner,
+        graph=recorder.graph,
+        pattern=pattern,
+        any_size=again is not None and _code(recorder.graph) == _code(again.graph),
+        any_type=any_type and not any(_reads_type(node) for node in recorder.decisions),
+    )
+
+
+def _record(skeleton: Skeleton, owner: nn.Module, call: Call) -> tuple[Recorder, bool]:
+    recorder = Recorder(skeleton, owner)
+    try:
+        recorder.record(*call)
+    except (TypeError, AttributeError):  # a proxy where only a real dtype or device will do
+        recorder = Recorder(skeleton, owner, follow_types=False)
+        recorder.record(*call)
+        return recorder, False
+    return recorder, True
+
+
+def _code(graph: fx.Graph) -> str:
+    return graph.python_code("self").src
+
+
+def _reads_type(node: fx.Node) -> bool:
+    """Whether the value of ``node``, which steered Python, follows from a dtype or device."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        if current.target is getattr and current.args[1] in ("dtype", "device"):
+            return True
+        unseen = [parent for parent in current.all_input_nodes if parent not in seen]
+        seen.update(unseen)
+        waiting.extend(unseen)
+    return False
+
+
+def fingerprint(value: Any, depth: int = 4) -> Hashable:
+    """Equal for modules whose forwards take the same path through the same code: they can share one capture.
+
+    Compares classes, plain attributes, shapes of parameters, children, and the objects a module holds (processors).
+    """
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return type(value).__name__, value
+    if isinstance(value, torch.Tensor):
+        return "tensor", tuple(value.shape), value.dtype
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value).__name__, *[fingerprint(item, depth) for item in value]
+    if isinstance(value, dict):
+        return "dict", *[(name, fingerprint(item, depth)) for name, item in value.items()]
+    function = getattr(value, "__func__", value)
+    if callable(value) and hasattr(function, "__code__"):
+        return "function", id(function)
+    if depth == 0 or not hasattr(value, "__dict__"):
+        return "object", type(value)
+    state = vars(value)
+    if isinstance(value, nn.Module):  # how deep modules nest is theirs to decide
+        return type(value), *[(name, fingerprint(item, depth)) for name, item in state.items() if item]
+    return type(value), *[(name, fingerprint(item, depth - 1)) for name, item in state.items()]

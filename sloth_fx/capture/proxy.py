@@ -1,0 +1,130 @@
+"""A ``torch.fx`` proxy that knows the value it stands for.
+
+``torch.fx.symbolic_trace`` stops at the first ``if x.ndim == 4`` or ``b, n, c = x.shape``, which every attention module
+has. A :class:`HintProxy` carries a *hint*: the fake tensor, integer or dtype that its node evaluates to. Questions
+whose answer steers Python (``bool``, ``len``, ``int``, iteration, ``ndim``) are answered from the hint; everything
+that may change from call to call (shapes, dtypes, devices) is recorded as a node, so that the captured graph serves
+other sizes and types as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from sloth_fx.capture.recorder import Recorder
+
+# What a tensor is rather than what it holds: the same for every call that follows the same path through the code.
+_CONCRETE = frozenset(
+    {"ndim", "layout", "is_cuda", "is_meta", "is_nested", "is_quantized", "is_sparse", "requires_grad"}
+    | {"dim", "ndimension", "is_floating_point", "is_complex", "grad_fn", "names", "is_leaf"}
+)
+# Read as nodes, so that the graph follows the tensor that arrives and not the one it was captured with.
+_RECORDED = frozenset({"shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "data", "itemsize", "nbytes"})
+
+
+class HintProxy(fx.Proxy):
+    """Stands for the value of ``node``, whose hint lies in ``node.meta["hint"]``."""
+
+    tracer: Recorder
+
+    @property
+    def hint(self) -> Any:
+        return self.node.meta["hint"]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        """``isinstance(x, torch.Tensor)`` is asked by host code, einops and torch itself."""
+        hint = self.hint
+        if isinstance(hint, torch.Tensor):
+            return torch.Tensor
+        return type(hint) if isinstance(hint, (bool, float, torch.Size)) else HintProxy
+
+    def __getattr__(self, name: str) -> Any:
+        hint = self.node.meta["hint"]
+        if name == "_is_param":  # isinstance(x, nn.Parameter)
+            return False
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if isinstance(hint, torch.Tensor):
+            if name in _CONCRETE:
+                return getattr(hint, name)
+            if name in ("dtype", "device") and not self.tracer.follow_types:
+                return getattr(hint, name)
+            if name in _RECORDED:
+                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        elif isinstance(hint, (torch.device, torch.dtype)):
+            return self._decide(getattr(hint, name))
+        return super().__getattr__(name)
+
+    def _decide(self, value: Any) -> Any:
+        """``value`` is about to steer Python: remember on what the capture depends."""
+        self.tracer.decisions.append(self.node)
+        return value
+
+    def __bool__(self) -> bool:
+        return bool(self._decide(self.hint))
+
+    def __int__(self) -> int:
+        return int(self._decide(self.hint))
+
+    def __index__(self) -> int:
+        return operator.index(self._decide(self.hint))
+
+    def __float__(self) -> float:
+        return float(self._decide(self.hint))
+
+    def __len__(self) -> int:
+        return len(self.hint)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[index] for index in range(len(self.hint))])
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class HintInt(int):
+    """A traced integer that is an ``int``: ``torch.empty(n, ...)`` and ``range(n)`` take nothing less.
+
+    It cannot be an ``fx.Proxy`` as well (torch's argument parser refuses integers with ``__torch_function__``), so its
+    arithmetic is recorded here.
+    """
+
+    node: fx.Node
+    tracer: Recorder
+
+    def __new__(cls, node: fx.Node, tracer: Recorder) -> HintInt:
+        self = int.__new__(cls, node.meta["hint"])
+        self.node, self.tracer = node, tracer
+        return self
+
+    __hash__ = int.__hash__
+
+
+def _recorded(function: Callable[..., Any], *, reflected: bool = False) -> Callable[..., Any]:
+    def method(self: HintInt, *others: Any) -> Any:
+        operands = (*others, self) if reflected else (self, *others)
+        return self.tracer.create_proxy("call_function", function, operands, {})
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
+    setattr(HintInt, f"__{_name}__", _recorded(getattr(operator, _name)))
+    setattr(HintInt, f"__r{_name}__", _recorded(getattr(operator, _name), reflected=True))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
+    setattr(HintInt, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
+def is_proxy(value: object) -> bool:
+    """Whether ``value`` really is a proxy, whatever it answers to ``isinstance``."""
+    return issubclass(type(value), (HintProxy, HintInt))

@@ -1,0 +1,156 @@
+"""Record one module's forward as a ``torch.fx.Graph``, with its children as ``call_module`` leaves.
+
+Nothing of torch is patched meanwhile: the module that runs is a throw-away copy whose children record their own call
+instead of computing, so captures in one thread do not meet models that run in another.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from sloth_fx.capture.call import labelled_tensors
+from sloth_fx.capture.proxy import HintInt, HintProxy, is_proxy
+from sloth_fx.capture.skeleton import Skeleton
+
+# Functions that make a tensor from sizes: the sizes may be traced, and the result is never a constant of the model.
+_FACTORIES = frozenset(
+    getattr(torch, name)
+    for name in ("arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "tensor", "zeros")
+)
+
+
+class Recorder(fx.Tracer):
+    """Builds the graph of ``owner.forward(*args, **kwargs)`` for fake ``args`` and ``kwargs`` of ``skeleton``.
+
+    After :meth:`record`, ``decisions`` holds the nodes whose values steered Python (a branch, a loop, a constant).
+    With ``follow_types`` the dtypes and devices that the code reads are nodes; without, they are constants, for code
+    that hands them to functions like ``torch.empty``, which accept no proxy there.
+    """
+
+    def __init__(self, skeleton: Skeleton, owner: nn.Module, *, follow_types: bool = True) -> None:
+        super().__init__()
+        self.follow_types = follow_types
+        self.owner = owner
+        self.mode = skeleton.mode
+        self.decisions: list[fx.Node] = []
+        self.graph = fx.Graph(tracer_cls=Recorder)
+        self.root, self.attributes = self._stand_in(owner)
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
+        proxies: dict[int, Any] = {}
+        for name, tensor in labelled_tensors(self.owner.forward, args, kwargs):
+            node = self.graph.placeholder(name)
+            node.meta["hint"] = tensor
+            proxies[id(tensor)] = self.proxy(node)
+        args, kwargs = _substitute((args, kwargs), proxies)
+        with _Recording(self):
+            result = self.root.forward(*args, **kwargs)
+        self.graph.output(self.create_arg(result))
+        self.graph.eliminate_dead_code(has_effect)
+        self.graph.lint()
+        return self.graph
+
+    def _stand_in(self, owner: nn.Module) -> tuple[nn.Module, dict[int, str]]:
+        """A copy of ``owner`` over the same tensors whose children, when called, become nodes."""
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*owner.parameters(), *owner.buffers())}
+        root = copy.deepcopy(owner, memo)
+        for path, child in root.named_modules():
+            if path:
+                child.forward = self._leaf(path)
+        tensors = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+        return root, {id(tensor): name for name, tensor in tensors}
+
+    def _leaf(self, path: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.create_proxy("call_module", path, args, kwargs)
+
+        return forward
+
+    def proxy(self, node: fx.Node) -> HintProxy:
+        return HintInt(node, self) if type(node.meta["hint"]) is int else HintProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if is_proxy(a):  # it answers isinstance(a, torch.Tensor), so ask this first
+            return a.node
+        if isinstance(a, torch.Tensor):
+            return self.attribute(a).node
+        return super().create_arg(a)
+
+    def attribute(self, tensor: torch.Tensor) -> HintProxy:
+        """A parameter or buffer of the owner, as a node."""
+        name = self.attributes.get(id(tensor))
+        if name is None:
+            raise NotImplementedError(f"it uses a tensor of shape {tuple(tensor.shape)} that is no parameter or buffer")
+        return self.proxy(self.create_node("get_attr", name, (), {}))
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta["hint"] = evaluate(node, self.owner, self.mode)
+        return node
+
+
+def evaluate(node: fx.Node, owner: nn.Module, mode: Any) -> Any:
+    """The hint of ``node`` from the hints of its inputs (shapes only: nothing is computed)."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["hint"])
+    with torch._C.DisableTorchFunction(), mode, torch.no_grad():
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(owner)
+        if node.op == "call_module":
+            return owner.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+class _Recording(TorchFunctionMode):
+    """Records what proxies alone would not see: factories, and functions of parameters alone."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            return self.recorder.create_proxy("call_function", func, args, kwargs)
+        own = args and id(args[0]) in self.recorder.attributes
+        if not own or any(map(is_proxy, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)  # with proxies on to Proxy.__torch_function__; else a hint is being read
+        attribute = self.recorder.attribute(args[0])
+        if func.__name__ == "__get__":  # parameter.dtype, .shape, .device, .ndim
+            return getattr(attribute, func.__self__.__name__)
+        return func(attribute, *args[1:], **kwargs)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """What dead-code elimination must keep; a child may do more than compute, so its call always stays."""
+    return node.op in ("placeholder", "output", "call_module") or node.target is operator.setitem
+
+
+def _substitute(value: Any, proxies: dict[int, Any]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return proxies[id(value)]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_substitute(item, proxies) for item in value)
+    if isinstance(value, dict):
+        return {key: _substitute(item, proxies) for key, item in value.items()}
+    return value

@@ -1,0 +1,85 @@
+"""A copy of a model that has every shape and no data.
+
+The skeleton is what ``locate`` runs and ``capture`` traces: same classes, same Python state, fake tensors for
+parameters and buffers. It costs milliseconds and no memory whatever the size of the model, works for weights on
+``meta`` or offloaded ones, and whatever happens to it, the model itself is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+
+class Skeleton:
+    """``model`` with fake tensors of one ``FakeTensorMode``, free of hooks, all on one device.
+
+    That device is the model's (the first that is not ``meta``, which offloaded and unloaded weights report).
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        devices = (tensor.device for tensor in tensors if tensor.device.type != "meta")
+        self.device = device or next(devices, torch.device("cpu"))
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        memo: dict[int, Any] = {}
+        for tensor in tensors:
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self.fake(tensor)
+        with _FakeCopies(self):
+            self.model: nn.Module = copy.deepcopy(model, memo)
+        for module in self.model.modules():
+            _without_hooks(module)
+
+    def fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake tensor like ``tensor``; a parameter stays one."""
+        with self.mode:
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        return nn.Parameter(like, requires_grad=False) if isinstance(tensor, nn.Parameter) else like
+
+    def fake_inputs(self, inputs: Any) -> Any:
+        """``inputs`` (nested tuples, lists and dicts) with every tensor made fake."""
+        if isinstance(inputs, torch.Tensor):
+            return inputs if isinstance(inputs, FakeTensor) and inputs.fake_mode is self.mode else self.fake(inputs)
+        if isinstance(inputs, (list, tuple)):
+            return type(inputs)(self.fake_inputs(item) for item in inputs)
+        if isinstance(inputs, dict):
+            return {name: self.fake_inputs(item) for name, item in inputs.items()}
+        return inputs
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self.mode, torch.no_grad():
+            yield
+
+
+class _FakeCopies(TorchFunctionMode):
+    """While the model is copied: tensors that are neither parameters nor buffers become fake as well."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        super().__init__()
+        self.skeleton = skeleton
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__deepcopy__:
+            with torch._C.DisableTorchFunction():
+                return self.skeleton.fake(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _without_hooks(module: nn.Module) -> None:
+    """Hooks move weights, print and count: none of that is a shape."""
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
+    if "_old_forward" in module.__dict__:  # accelerate keeps the forward that its hook wraps under this name
+        module.forward = module.__dict__.pop("_old_forward")
+        module.__dict__.pop("_hf_hook", None)

@@ -1,0 +1,303 @@
+"""The timestep context of one patched model: where in the sampling run it is, and what that means for each site."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sloth_fx.errors import SlothError
+from sloth_fx.model_adapters import ModelAdapter, latent_size
+from sloth_fx.operators import KeyLayout
+from sloth_fx.plan import SitePlan
+from sloth_fx.schedule import Moment, NoiseSchedule
+
+_TIMESTEPS = 1000  # timesteps run from here down to 0
+Layouts = tuple[KeyLayout, ...]
+
+
+class TimestepContext:
+    """Knows the moment of sampling and sets every operator of its model accordingly.
+
+    Driven by the caller, with :meth:`step` or :meth:`at`, or by itself (:meth:`auto`, the default): then each call of
+    the model reads its own timestep argument. The latent's size is read from each call in any case.
+
+    It belongs to one patched model, and a deep copy of that model has a context of its own.
+    """
+
+    def __init__(self, model: nn.Module, adapter: ModelAdapter, phases: int | None) -> None:
+        parameters = list(inspect.signature(model.forward).parameters)
+        self._position = {name: index for index, name in enumerate(parameters)}
+        self._adapter = adapter
+        self._noise = adapter.noise
+        self._phases = phases
+        self._plans: list[SitePlan] = []
+        self._operators: list[list[nn.Module]] = []
+        self._clocks: set[str] = set()
+        self._driven = False
+        self._steps: int | None = None
+        self._moment = self._with_sigma(0.0, None)
+        self._latent: tuple[int, int] | None = None
+        self._halves = 1
+        self._applied: tuple[Any, ...] | None = None
+        self._sets: dict[Layouts, int] = {}
+        self._checked: tuple[Any, ...] | None = None
+
+    # What the caller says
+
+    def step(self, i: int, n: int) -> None:
+        """Step ``i`` (0 to n - 1) of ``n`` is about to run: progress = i / n. Raises :class:`SlothError` otherwise."""
+        if not (_is_int(i) and _is_int(n) and 0 <= i < n):
+            raise SlothError(f"step(i={i!r}, n={n!r}): n counts the steps of the run, and i goes from 0 to n - 1")
+        self._steps = n
+        self._drive(i / n, None)
+
+    def at(self, progress: float, sigma: float | None = None) -> None:
+        """The run is at ``progress`` (0: start, 1: end), at noise level ``sigma`` (> 0; default: the model's own
+        schedule at that progress). Raises :class:`SlothError` for anything else.
+        """
+        if not (_is_number(progress) and 0 <= progress <= 1):
+            raise SlothError(f"progress={progress!r}: it goes from 0 (start of sampling) to 1 (its end)")
+        if sigma is not None and not (_is_number(sigma) and 0 <= sigma < math.inf):
+            raise SlothError(f"sigma={sigma!r}: a noise level is a number from 0")
+        self._steps = None
+        self._drive(float(progress), None if sigma is None else float(sigma))
+
+    def auto(self, noise: NoiseSchedule | None = None) -> None:
+        """Follow the timestep argument of each call again.
+
+        ``noise`` is the schedule that turns timesteps into sigmas; default: the model's own. Specs that need sigma
+        (``StepDecay``) raise at the next call of a model whose schedule is not known.
+        """
+        self._noise = noise if noise is not None else self._noise
+        self._driven = False
+        self._steps = None
+
+    @property
+    def halves(self) -> int:
+        """How many groups of different conditioning the batch holds, one after another (2: unconditional and
+        conditional, as pipelines with classifier-free guidance stack them). Images attend to each other
+        (``concat_local``, ``concat_global``) within their group only. Default 1."""
+        return self._halves
+
+    @halves.setter
+    def halves(self, halves: int) -> None:
+        if not (_is_int(halves) and halves >= 1):
+            raise SlothError(f"halves={halves!r}: the number of conditioning groups in the batch, 1 or more")
+        self._halves = halves
+        self._apply()
+
+    # What it knows
+
+    @property
+    def progress(self) -> float:
+        """0 at the start of sampling, 1 at its end."""
+        return self._moment.progress
+
+    @property
+    def sigma(self) -> float | None:
+        """The noise level; ``None`` where neither the caller nor the model's schedule tells."""
+        return self._moment.sigma
+
+    @property
+    def phase(self) -> int:
+        """Number of the present set of strides and tiles: with ``phases=K`` the K-th of the run the moment lies in,
+        else in order of first appearance. Each is one compiled graph."""
+        if self._phases is not None:
+            return self._bin(self._moment)
+        return self._sets.setdefault(self.layouts(), len(self._sets)) if self._latent is not None else 0
+
+    @property
+    def driven(self) -> bool:
+        """Whether the caller says where the run is; otherwise each call's own timestep does."""
+        return self._driven
+
+    def layouts(self) -> Layouts:
+        """The layout of every patched site now, in order of execution. Raises before the size of a latent is known."""
+        return self._layouts(self._moment)
+
+    def moments(self, steps: int | None = None) -> list[Moment]:
+        """One moment for each distinct set of strides and tiles that a run of ``steps`` steps goes through.
+
+        Default: a run through all 1000 timesteps; with ``phases=K``, all K. Their number is the number of graphs that
+        ``torch.compile`` makes of the model. Needs the size of the latent, like :meth:`layouts`.
+        """
+        distinct: dict[Layouts, Moment] = {}
+        for moment in self._run(steps):
+            distinct.setdefault(self._layouts(moment), moment)
+        return list(distinct.values())
+
+    def _run(self, steps: int | None) -> list[Moment]:
+        if steps is None and self._phases is not None and self._clocks:
+            return [self._middle_of(phase) for phase in range(self._phases)]
+        count = steps or _TIMESTEPS
+        return [self._with_sigma(i / count, None) for i in range(count)]
+
+    def sigma_at(self, progress: float) -> float | None:
+        """The noise level at ``progress`` by the model's own schedule; ``None`` where that is not known."""
+        return self._with_sigma(progress, None).sigma
+
+    @contextmanager
+    def saved(self) -> Iterator[None]:
+        """Whatever happens inside, the context is afterwards where it was."""
+        state = self._driven, self._steps, self._moment
+        try:
+            yield
+        finally:
+            self._driven, self._steps, self._moment = state
+            self._apply()
+
+    # How it acts
+
+    def attach(self, plan: SitePlan, operators: list[nn.Module]) -> None:
+        """Take charge of the ``operators`` of one site, each of which has a ``layout``."""
+        self._plans.append(plan)
+        self._operators.append(operators)
+        self._clocks |= clocks([plan])
+
+    def resize(self, latent: tuple[int, int]) -> None:
+        """The latent has (rows, columns) ``latent``. Each call of the model says so by itself."""
+        self._latent = latent
+        self._apply()
+
+    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the operators are set for a call with these arguments; it can be asked within a graph."""
+        latent = latent_size(self._argument(self._adapter.latent, args, kwargs))
+        return latent is not None and latent == self._latent and (self._driven or not self._clocks)
+
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool) -> None:
+        """Before each call of the model: read the latent's size and, unless driven, the timestep."""
+        latent = latent_size(self._argument(self._adapter.latent, args, kwargs))
+        if latent is None:
+            raise SlothError(f"the latent's size cannot be read: {self._adapter.latent!r} is no (B, C, H, W) tensor")
+        self._latent = latent
+        if not self._driven and self._clocks:
+            timestep = _one_number(self._argument(self._adapter.timestep, args, kwargs))
+            self._moment = self._with_sigma(min(max(1 - timestep / _TIMESTEPS, 0.0), 1.0), None, timestep)
+        self._apply()
+        if compiled:
+            self._warn_of_recompiles()
+
+    def _drive(self, progress: float, sigma: float | None) -> None:
+        moment = self._with_sigma(progress, sigma)
+        self._check(moment)
+        self._driven = True
+        self._moment = moment
+        self._apply()
+
+    def _apply(self) -> None:
+        state = (self._moment, self._latent, self._halves)
+        if self._latent is None or state == self._applied:
+            return
+        self._check(self._moment)
+        layouts = self.layouts()
+        for layout, operators in zip(layouts, self._operators, strict=True):
+            for operator in operators:
+                operator.layout = layout
+                if hasattr(operator, "halves"):
+                    operator.halves = self._halves
+        self._sets.setdefault(layouts, len(self._sets))
+        self._applied = state
+
+    def _layouts(self, moment: Moment) -> Layouts:
+        if self._latent is None:
+            raise SlothError("the size of the latent is not known yet: run the patched model once")
+        moment = self._representative(moment)
+        return tuple(plan.layout(moment, self._latent) for plan in self._plans)
+
+    def _check(self, moment: Moment) -> None:
+        if "sigma" in self._clocks and moment.sigma is None:
+            raise SlothError(
+                "a spec here needs sigma, and the noise schedule of this model is not known: give it with "
+                "at(progress, sigma=...) or auto(NoiseSchedule(...))"
+            )
+
+    def _with_sigma(self, progress: float, sigma: float | None, timestep: float | None = None) -> Moment:
+        if sigma is None and self._noise is not None:
+            sigma = self._noise.sigma((1 - progress) * _TIMESTEPS if timestep is None else timestep)
+        return Moment(progress, sigma)
+
+    def _bin(self, moment: Moment) -> int:
+        assert self._phases is not None
+        return min(int(_time(moment, self._clocks) * self._phases), self._phases - 1)
+
+    def _representative(self, moment: Moment) -> Moment:
+        """The moment at which all of a phase is evaluated: its middle."""
+        if self._phases is None or not self._clocks:
+            return moment
+        return self._middle_of(self._bin(moment))
+
+    def _middle_of(self, phase: int) -> Moment:
+        assert self._phases is not None
+        middle = (phase + 0.5) / self._phases
+        return Moment(middle, math.exp(5 * (1 - middle) - 2.2)) if "sigma" in self._clocks else Moment(middle)
+
+    def _argument(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name is None or name in kwargs:
+            return kwargs.get(name) if name is not None else None
+        index = self._position.get(name, len(args))
+        return args[index] if index < len(args) else None
+
+    def _warn_of_recompiles(self) -> None:
+        """torch stops compiling in silence after ``recompile_limit`` graphs of one function."""
+        if self._checked == (self._steps, self._latent, len(self._sets)):
+            return
+        self._checked = (self._steps, self._latent, len(self._sets))
+        limit = torch._dynamo.config.recompile_limit
+        sets = len(self._sets) if self._steps is None else len(self.moments(self._steps))
+        if sets > limit:
+            warnings.warn(
+                f"this schedule goes through {sets} distinct sets of strides and tiles, each a compiled graph, and torch "
+                f"stops compiling after {limit}: transform with phases={limit} or raise torch._dynamo.config."
+                "recompile_limit",
+                stacklevel=2,
+            )
+
+
+def clocks(plans: Iterable[SitePlan]) -> set[str]:
+    """What the plans depend on: "progress", "sigma", both or nothing."""
+    found: set[str] = set()
+    for plan in plans:
+        found.update(spec.schedule.clock for spec in plan.specs if spec.schedule.clock is not None)
+        if plan.tiling is not None and plan.tiling.pad == "random":
+            found.add("progress")
+    return found
+
+
+def _time(moment: Moment, clocks: set[str]) -> float:
+    """The moment on its own clock, from 0 to 1: progress, or how far ln sigma has come from 2.8 to -2.2."""
+    if "sigma" not in clocks:
+        return moment.progress
+    sigma = moment.sigma or 0.0
+    return 1 - min(max((math.log(sigma) + 2.2) / 5, 0.0), 1.0) if sigma > 0 else 1.0
+
+
+def _one_number(timestep: Any) -> float:
+    if isinstance(timestep, torch.Tensor) and timestep.numel() > 0:
+        try:
+            low, high = (float(bound) for bound in torch.aminmax(timestep))
+        except RuntimeError as error:  # a fake tensor: the model is being exported or analysed
+            raise SlothError("the timestep has no value here: drive the context with at(progress)") from error
+        if low != high:
+            raise SlothError(
+                f"the timesteps of this batch differ ({low:g} to {high:g}), so it has no single moment: drive the context "
+                "with at(progress), or use schedule=Constant()"
+            )
+        return low
+    if _is_number(timestep):
+        return float(timestep)
+    raise SlothError("this call has no timestep to follow: drive the context with step(i, n) or at(progress)")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,63 @@
+"""Looking at a model, and into a patched one."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import fx, nn
+
+from sloth_fx.context import TimestepContext
+from sloth_fx.errors import SlothError
+from sloth_fx.locate import as_call, survey
+from sloth_fx.model_adapters import adapter_for
+from sloth_fx.patch import patch_of
+from sloth_fx.report import Report, SiteReport
+from sloth_fx.transform import check_module
+
+
+def inspect(model: nn.Module, *, example_inputs: Any = None) -> Report:
+    """Every attention site of ``model``, which is not changed and computes nothing: weights may lie on ``meta``.
+
+    Args:
+        model: a module that computes attention.
+        example_inputs: as for :func:`sloth_fx.transform`; needed where the class of the model is not known.
+
+    Raises:
+        SlothError: no module, no attention, no inputs, or inputs that the model rejects.
+    """
+    check_module(model)
+    adapter = adapter_for(model)
+    if example_inputs is not None:
+        call = as_call(example_inputs)
+    elif adapter.inputs is not None:
+        call = (), adapter.inputs(model)
+    else:
+        raise SlothError(f"the inputs of {type(model).__name__} are not known: give example_inputs")
+    sites = survey(model, adapter, call).sites
+    return Report(type(model).__name__, tuple(SiteReport(site=site) for site in sites))
+
+
+def report(patched: nn.Module) -> Report:
+    """Every attention site of a patched model, with the operators at work there, where they are, or why there are none.
+
+    Raises :class:`SlothError` for a model that is not patched.
+    """
+    return patch_of(patched).report
+
+
+def context(patched: nn.Module) -> TimestepContext:
+    """The timestep context of a patched model. Raises :class:`SlothError` for a model that is not patched."""
+    return patch_of(patched).context
+
+
+def graph(patched: nn.Module, site_path: str) -> fx.Graph:
+    """The rewritten graph of the owner at ``site_path`` (a path as in :func:`report`), for reading.
+
+    Raises :class:`SlothError` for a model that is not patched, or a path at which nothing was rewritten.
+    """
+    graphs = patch_of(patched).graphs
+    if site_path not in graphs:
+        near = difflib.get_close_matches(site_path, graphs, n=3, cutoff=0.0)
+        raise SlothError(f"nothing was rewritten at {site_path!r}; nearest: {', '.join(near) or 'no site at all'}")
+    return graphs[site_path]

@@ -1,0 +1,60 @@
+"""The attention core: one node that computes attention, whatever way the host spelled it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+@dataclass(frozen=True)
+class AttentionCore:
+    """``node`` is the attention of ``query`` (..., N, D), ``key`` (..., M, D) and ``value`` (..., M, Dv).
+
+    ``attend`` computes the same from other queries, keys and values. ``masked`` tells that the host also gave a mask
+    or asked for causal attention, which ``attend`` leaves out.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    masked: bool
+    attend: Attend
+
+
+def attention_cores(graph: fx.Graph) -> list[AttentionCore]:
+    """The cores of a canonical graph, in order of execution."""
+    cores = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+            cores.append(_from_sdpa(node))
+        elif node.op == "call_function" and getattr(node.target, "sloth_fx_core", False):
+            query, key, value = node.args
+            cores.append(AttentionCore(node, query, key, value, False, node.target))
+    return cores
+
+
+def _from_sdpa(node: fx.Node) -> AttentionCore:
+    given: dict[str, Any] = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    query, key, value = (given.pop(name) for name in _SDPA_ARGUMENTS[:3])
+    masked = given.pop("attn_mask", None) is not None
+    masked = bool(given.pop("is_causal", False)) or masked
+    options = {name: option for name, option in given.items() if option not in (None, 0.0, False)}
+    attend = functools.partial(F.scaled_dot_product_attention, **options) if options else F.scaled_dot_product_attention
+    return AttentionCore(node, query, key, value, masked, attend)
+
+
+def first_input(node: fx.Node) -> fx.Node | None:
+    """The tensor that a one-tensor operation works on."""
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, fx.Node) else None
+
+

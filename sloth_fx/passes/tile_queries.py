@@ -1,0 +1,66 @@
+"""Replace the attention core by one whose queries attend within their tile and to samples of the whole image.
+
+    out = attend(query, key, value)     ->     out = self.sloth_tile_0(query, key, value)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from sloth_fx.operators import KeyLayout, near_sighted_attention
+from sloth_fx.passes.core import Attend, AttentionCore
+
+
+class TiledAttention(nn.Module):
+    """Near-sighted attention over ``layout``; the host's own attention where the layout has no tiles.
+
+    Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H.
+    """
+
+    def __init__(
+        self, attend: Attend, layout: KeyLayout, *, folded_heads: int | None, concat_local: bool, concat_global: bool
+    ) -> None:
+        super().__init__()
+        self.attend = attend
+        self.layout = layout
+        self.folded_heads = folded_heads
+        self.concat_local = concat_local
+        self.concat_global = concat_global
+        self.halves = 1
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        layout = self.layout
+        if layout.tile is None:
+            return self.attend(query, key, value)
+        if self.folded_heads is not None:
+            query, key, value = (t.unflatten(0, (-1, self.folded_heads)) for t in (query, key, value))
+        out = near_sighted_attention(
+            query,
+            key,
+            value,
+            layout,
+            gathered=layout.window != (1, 1),
+            attend=self.attend if self.folded_heads is None else self._attend_folded,
+            halves=self.halves,
+            concat_local=self.concat_local,
+            concat_global=self.concat_global,
+        )
+        return out if self.folded_heads is None else out.flatten(0, 1)
+
+    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = self.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+        return out.unflatten(0, (-1, query.shape[1]))
+
+    def extra_repr(self) -> str:
+        return str(self.layout)
+
+
+def tile_queries(graph: fx.Graph, core: AttentionCore, name: str) -> str:
+    """Replace ``core`` by a call of ``self.<name>``, a :class:`TiledAttention`, and return where that is."""
+    with graph.inserting_before(core.node):
+        given = {**dict(zip(("query", "key", "value"), core.node.args, strict=False)), **core.node.kwargs}
+        tiled = graph.call_module(name, (given["query"], given["key"], given["value"]))
+    core.node.replace_all_uses_with(tiled)
+    graph.erase_node(core.node)
+    graph.lint()
+    return "in place of the attention"

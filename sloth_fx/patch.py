@@ -1,0 +1,61 @@
+"""What a patched model carries with it: its context, its report and graphs, and the hook that keeps them current."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sloth_fx.capture.capture import Call
+from sloth_fx.context import TimestepContext
+from sloth_fx.dynamo import get_eval_frame_callback, never_compile, outside_graphs
+from sloth_fx.errors import SlothError
+from sloth_fx.report import Report
+
+ATTRIBUTE = "_sloth_fx"
+
+
+@dataclass(eq=False)
+class Patch:
+    """``pending`` is a transform that nothing told the inputs of: it happens at the first call, with that call's."""
+
+    context: TimestepContext
+    report: Report
+    graphs: dict[str, fx.Graph] = field(default_factory=dict)
+    pending: Callable[[nn.Module, Patch, Call], None] | None = None
+
+    def install(self, model: nn.Module) -> None:
+        """Make ``model`` carry this patch (outside its parameters, buffers and children)."""
+        never_compile(Patch.before_forward)
+        setattr(model, ATTRIBUTE, self)
+        model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: finish what is pending, and set the operators for this call."""
+        compiled = torch.compiler.is_compiling()
+        if compiled and self.pending is None and self.context.ready(args, kwargs):
+            return  # inlined into the graph of a larger function, and nothing to do
+        compiled = compiled or callable(get_eval_frame_callback())  # or called between the graphs of a compiled module
+        outside_graphs(_before_forward)(self, model, args, kwargs, compiled)
+
+
+def _before_forward(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
+    if patch.pending is not None:
+        patch.pending(model, patch, (args, kwargs))
+        patch.pending = None
+    patch.context.observe(args, kwargs, compiled=compiled)
+
+
+def is_patched(module: nn.Module) -> bool:
+    return ATTRIBUTE in module.__dict__
+
+
+def patch_of(model: nn.Module) -> Patch:
+    """The patch of a model that ``transform`` returned (or of what ``torch.compile`` made of it)."""
+    patch = getattr(model, ATTRIBUTE, None)
+    if not isinstance(patch, Patch):
+        raise SlothError(f"{type(model).__name__} is no patched model: pass what sloth_fx.transform returned")
+    return patch

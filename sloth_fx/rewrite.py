@@ -1,0 +1,115 @@
+"""Step three: a captured graph and what is wanted at its attentions -> a rewritten graph and the function it becomes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from sloth_fx.capture import Capture
+from sloth_fx.capture.recorder import evaluate
+from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.errors import SlothError
+from sloth_fx.operators import KeyLayout
+from sloth_fx.passes.canonicalise import canonicalise
+from sloth_fx.passes.core import Attend, AttentionCore, attention_cores
+from sloth_fx.passes.reduce_kv import KeyValueReduction, reduce_kv
+from sloth_fx.passes.tile_queries import tile_queries
+from sloth_fx.plan import SitePlan
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten owner: ``function(self, *tensors)`` and the graph it was generated from.
+
+    Per attention call: ``done`` says what was inserted and where, ``attend`` is the host's attention, and
+    ``folded_heads`` how many heads it folds into the batch (``None``: they have a dimension of their own).
+    """
+
+    graph: fx.Graph
+    function: Callable[..., Any]
+    done: dict[int, str]
+    attend: dict[int, Attend]
+    folded_heads: dict[int, int | None]
+
+
+def reduce_name(call: int) -> str:
+    return f"sloth_reduce_{call}"
+
+
+def tile_name(call: int) -> str:
+    return f"sloth_tile_{call}"
+
+
+def rewrite(capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan], calls: int) -> Rewritten:
+    """Apply ``plans`` (by number of the attention call) to the graph of ``capture``, whose owner has ``calls`` calls.
+
+    Raises :class:`SlothError` where the graph has no such attention, or one that the operators do not fit.
+    """
+    canonicalise(capture.graph)
+    for hoist in (True, False):
+        graph = copy.deepcopy(capture.graph)
+        cores = attention_cores(graph)
+        if len(cores) != calls:
+            raise SlothError(
+                f"{type(capture.owner).__name__} computes attention {calls} times, and in its graph {len(cores)} are "
+                "recognised"
+            )
+        done = {call: _apply(plan, cores[call], graph, capture.owner, hoist) for call, plan in plans.items()}
+        if not hoist or _shapes_fit(graph, capture.owner, skeleton):
+            break
+    return Rewritten(
+        graph=graph,
+        function=generate(graph, type(capture.owner).__name__),
+        done=done,
+        attend={call: cores[call].attend for call in plans},
+        folded_heads={
+            call: plan.site.heads if cores[call].query.meta["hint"].ndim == 3 else None for call, plan in plans.items()
+        },
+    )
+
+
+def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Module, hoist: bool) -> str:
+    """Run the passes that one plan asks for on one core."""
+    site = plan.site
+    if core.masked:
+        raise SlothError(f"{site.name}: its attention is masked or causal, which reducing and tiling do not support")
+    done = []
+    if plan.reducing is not None:
+        trial = KeyLayout((1, core.key.meta["hint"].shape[-2]), window=(1, 2))  # does the owner follow fewer keys?
+        owner.add_module(reduce_name(site.call), KeyValueReduction(plan.pooling, trial))
+        done.append(f"keys and values reduced {reduce_kv(graph, core, reduce_name(site.call), owner, hoist=hoist)}")
+    if plan.tiling is not None:
+        done.append(f"queries tiled {tile_queries(graph, core, tile_name(site.call))}")
+    return ", ".join(done)
+
+
+def _shapes_fit(graph: fx.Graph, owner: nn.Module, skeleton: Skeleton) -> bool:
+    """Whether the graph runs when the keys really are fewer (a host may reshape them by the number of queries)."""
+    try:
+        for node in graph.nodes:
+            if node.op not in ("placeholder", "output") and not str(node.target).startswith("sloth_tile"):
+                node.meta["hint"] = evaluate(node, owner, skeleton.mode)
+            elif node.op == "call_module":
+                node.meta["hint"] = node.args[0].meta["hint"]
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return True
+
+
+def generate(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """The Python function ``forward(self, *tensors)`` of a graph; tracebacks and debuggers show its source."""
+    code = graph.python_code("self")
+    filename = f"<sloth_fx {name} {next(_numbers)}>"
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)  # the graph's own code, not a caller's
+    function: Callable[..., Any] = namespace["forward"]
+    return function

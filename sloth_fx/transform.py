@@ -1,0 +1,148 @@
+"""The four steps in order: locate, capture, rewrite, bind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import nn
+
+from sloth_fx.bind import bind, clone
+from sloth_fx.capture.capture import Call
+from sloth_fx.context import TimestepContext, clocks
+from sloth_fx.errors import SlothError
+from sloth_fx.locate import as_call, survey
+from sloth_fx.model_adapters import adapter_for
+from sloth_fx.owners import OwnerRewriter, RewrittenOwner
+from sloth_fx.patch import Patch, is_patched
+from sloth_fx.plan import make_plan
+from sloth_fx.report import Report, SiteReport
+from sloth_fx.spec import Spec
+
+
+def transform(
+    model: nn.Module,
+    spec: Spec | Sequence[Spec],
+    *,
+    example_inputs: Any = None,
+    strict: bool = True,
+    phases: int | None = None,
+) -> nn.Module:
+    """A copy of ``model`` that shares its weights and whose attention does what ``spec`` says.
+
+    Args:
+        model: a UNet (or any module that computes attention); it is not changed. Not compiled and not yet patched.
+        spec: what to do, or a sequence of such, applied in order: ``SlothfulAttention``, ``NearSightedTile``,
+            ``NearSightedAttention``.
+        example_inputs: arguments for ``model``, a dict (by keyword) or a tuple (by position). Only shapes and dtypes
+            matter. Default: made from the model's config where its class is known; otherwise the first call of the
+            patched model serves.
+        strict: raise when a selected site cannot be rewritten; ``False`` leaves such a site as it was, and the report
+            says why.
+        phases: quantise the schedules to this many phases (1 or more), so that ``torch.compile`` makes at most as many
+            graphs. ``None``: exact in time, and as many graphs as there are distinct sets of strides and tiles.
+
+    Returns:
+        A module of the same class, with the same parameter names. See :func:`sloth_fx.report` and
+        :func:`sloth_fx.context`.
+
+    Raises:
+        SlothError: for anything that cannot be done as asked; the model is then as it was.
+    """
+    request = _Request(_checked_specs(spec), strict, _checked_phases(phases))
+    check_module(model)
+    _check_untouched(model)
+    adapter = adapter_for(model)
+    patched = clone(model)
+    name = type(model).__name__
+    patch = Patch(TimestepContext(model, adapter, phases), Report(name, (), "located at the first call"))
+    if example_inputs is not None:
+        request(patched, patch, as_call(example_inputs))
+    elif adapter.inputs is not None:
+        request(patched, patch, ((), adapter.inputs(model)))
+    else:
+        patch.pending = request
+    patch.install(patched)
+    return patched
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What :func:`transform` was asked for; calling it does that to a clone, given arguments for a trial run."""
+
+    specs: tuple[Spec, ...]
+    strict: bool
+    phases: int | None
+
+    def __call__(self, model: nn.Module, patch: Patch, call: Call) -> None:
+        found = survey(model, adapter_for(model), call)
+        plan = make_plan(self.specs, found.sites)
+        if self.phases is not None and len(clocks(plan.sites)) > 1:
+            raise SlothError("phases= needs one clock, and these specs follow both progress and sigma: use phases=None")
+
+        rewriter = OwnerRewriter(found)
+        rewritten: dict[str, RewrittenOwner] = {}
+        notes = dict(plan.notes)
+        for path, plans in plan.by_owner().items():
+            try:
+                rewritten[path] = rewriter.rewrite(path, plans)
+                notes.update({plans[call].site.name: done for call, done in rewritten[path].rewritten.done.items()})
+            except SlothError as error:
+                if self.strict:
+                    raise SlothError(f"{path}: {error}") from error
+                notes.update({each.site.name: str(error) for each in plans.values()})
+
+        # From here on nothing can fail.
+        acting: dict[str, tuple[str, ...]] = {}
+        for path, owner in rewritten.items():
+            plans = plan.by_owner()[path]
+            operators = {call: owner.operators(each) for call, each in plans.items()}
+            bind(
+                model.get_submodule(path), owner.forward, {k: v for each in operators.values() for k, v in each.items()}
+            )
+            for call, each in plans.items():
+                patch.context.attach(each, list(operators[call].values()))
+                acting[each.site.name] = tuple(type(spec).__name__ for spec in each.specs)
+            patch.graphs[path] = owner.rewritten.graph
+        if found.latent is not None:
+            patch.context.resize(found.latent)
+        sites = (
+            SiteReport(site=site, operators=acting.get(site.name, ()), note=notes.get(site.name, ""))
+            for site in found.sites
+        )
+        patch.report = Report(type(model).__name__, tuple(sites))
+
+
+def check_module(model: Any) -> None:
+    """Raise :class:`SlothError` for what is no module."""
+    if not isinstance(model, nn.Module):
+        hint = "; pass its unet or transformer" if hasattr(model, "unet") or hasattr(model, "transformer") else ""
+        raise SlothError(f"{type(model).__name__} is no torch.nn.Module{hint}")
+
+
+def _check_untouched(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise SlothError(f"{type(model).__name__} is compiled already: transform first, then compile what it returns")
+    if any(is_patched(module) for module in model.modules()):
+        raise SlothError(
+            f"{type(model).__name__} is patched already: give all specs in one call, to the original model"
+        )
+
+
+def _checked_specs(spec: Any) -> tuple[Spec, ...]:
+    specs = tuple(spec) if isinstance(spec, (list, tuple)) else (spec,)
+    kinds = get_args(Spec)
+    if not specs or spec is None:
+        raise SlothError(f"the spec is empty: give one of {', '.join(kind.__name__ for kind in kinds)}")
+    for each in specs:
+        if not isinstance(each, kinds):
+            name = each.__name__ if isinstance(each, type) else type(each).__name__
+            raise SlothError(f"{name} is no spec: give instances of {', '.join(kind.__name__ for kind in kinds)}")
+    return specs
+
+
+def _checked_phases(phases: Any) -> int | None:
+    if phases is not None and (not isinstance(phases, int) or isinstance(phases, bool) or phases < 1):
+        raise SlothError(f"phases={phases!r}: a number of phases from 1, or None for schedules that are exact in time")
+    return phases
