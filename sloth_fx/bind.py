@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +98,9 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
     return forward
 
 
-def bind(owner: nn.Module, forward: Callable[..., Any], operators: dict[str, nn.Module]) -> None:
+def bind(owner: nn.Module, forward: Callable[..., Any], operators: Iterable[Mapping[str, nn.Module]]) -> None:
     """Give ``owner`` the generated forward and its operators (parameter-free children, so ``state_dict`` stays)."""
-    for name, operator in operators.items():
+    for name, operator in (item for each in operators for item in each.items()):
         owner.add_module(name, operator)
     slot = "_old_forward" if "_hf_hook" in owner.__dict__ else "forward"  # accelerate's hook wraps what lies there
     owner.__dict__[_ORIGINAL] = owner.__dict__.get(slot)

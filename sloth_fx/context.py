@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,14 @@ from sloth_fx.schedule import Moment, NoiseSchedule
 
 _TIMESTEPS = 1000  # timesteps run from here down to 0
 Layouts = tuple[KeyLayout, ...]
+
+
+class Operator(Protocol):
+    """What the context steers: a module that acts according to a layout."""
+
+    layout: KeyLayout
+
+    def set_layout(self, layout: KeyLayout, halves: int) -> None: ...
 
 
 class TimestepContext:
@@ -38,7 +46,7 @@ class TimestepContext:
         self._noise = adapter.noise
         self._phases = phases
         self._plans: list[SitePlan] = []
-        self._operators: list[list[nn.Module]] = []
+        self._operators: list[list[Operator]] = []
         self._clocks: set[str] = set()
         self._driven = False
         self._steps: int | None = None
@@ -46,8 +54,10 @@ class TimestepContext:
         self._latent: tuple[int, int] | None = None
         self._halves = 1
         self._applied: tuple[Any, ...] | None = None
+        self._current: Layouts = ()
         self._sets: dict[Layouts, int] = {}
-        self._checked: tuple[Any, ...] | None = None
+        self._counted: tuple[Any, ...] | None = None
+        self._warned = False
 
     # What the caller says
 
@@ -155,8 +165,8 @@ class TimestepContext:
 
     # How it acts
 
-    def attach(self, plan: SitePlan, operators: list[nn.Module]) -> None:
-        """Take charge of the ``operators`` of one site, each of which has a ``layout``."""
+    def attach(self, plan: SitePlan, operators: list[Operator]) -> None:
+        """Take charge of the ``operators`` of one site."""
         self._plans.append(plan)
         self._operators.append(operators)
         self._clocks |= clocks([plan])
@@ -192,18 +202,19 @@ class TimestepContext:
         self._apply()
 
     def _apply(self) -> None:
-        state = (self._moment, self._latent, self._halves)
-        if self._latent is None or state == self._applied:
+        if self._latent is None:
             return
-        self._check(self._moment)
-        layouts = self.layouts()
-        for layout, operators in zip(layouts, self._operators, strict=True):
+        state = (self._moment, self._latent, self._halves)
+        changed = state != self._applied
+        if changed:
+            self._check(self._moment)
+            self._current = self.layouts()
+            self._sets.setdefault(self._current, len(self._sets))
+            self._applied = state
+        for layout, operators in zip(self._current, self._operators, strict=True):
             for operator in operators:
-                operator.layout = layout
-                if hasattr(operator, "halves"):
-                    operator.halves = self._halves
-        self._sets.setdefault(layouts, len(self._sets))
-        self._applied = state
+                if changed or operator.layout is not layout:  # torch.export puts attributes of modules back
+                    operator.set_layout(layout, self._halves)
 
     def _layouts(self, moment: Moment) -> Layouts:
         if self._latent is None:
@@ -246,18 +257,19 @@ class TimestepContext:
 
     def _warn_of_recompiles(self) -> None:
         """torch stops compiling in silence after ``recompile_limit`` graphs of one function."""
-        if self._checked == (self._steps, self._latent, len(self._sets)):
-            return
-        self._checked = (self._steps, self._latent, len(self._sets))
         limit = torch._dynamo.config.recompile_limit
-        sets = len(self._sets) if self._steps is None else len(self.moments(self._steps))
-        if sets > limit:
-            warnings.warn(
-                f"this schedule goes through {sets} distinct sets of strides and tiles, each a compiled graph, and torch "
-                f"stops compiling after {limit}: transform with phases={limit} or raise torch._dynamo.config."
-                "recompile_limit",
-                stacklevel=2,
-            )
+        key = (self._steps, self._latent, len(self._sets))
+        if self._counted != key:
+            self._counted = key
+            sets = len(self._sets) if self._steps is None else len(self.moments(self._steps))
+            if sets > limit and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"this schedule goes through {sets} distinct sets of strides and tiles, each a compiled graph, and "
+                    f"torch stops compiling after {limit}: transform with phases={limit} or raise "
+                    "torch._dynamo.config.recompile_limit",
+                    stacklevel=2,
+                )
 
 
 def clocks(plans: Iterable[SitePlan]) -> set[str]:
@@ -286,8 +298,8 @@ def _one_number(timestep: Any) -> float:
             raise SlothError("the timestep has no value here: drive the context with at(progress)") from error
         if low != high:
             raise SlothError(
-                f"the timesteps of this batch differ ({low:g} to {high:g}), so it has no single moment: drive the context "
-                "with at(progress), or use schedule=Constant()"
+                f"the timesteps of this batch differ ({low:g} to {high:g}), so it has no single moment: drive the "
+                "context with at(progress), or use schedule=Constant()"
             )
         return low
     if _is_number(timestep):

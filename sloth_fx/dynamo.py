@@ -27,5 +27,5 @@ def never_compile(function: Callable[..., Any]) -> None:
 @functools.cache
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, such that it and all it calls run as plain Python whoever calls it; in a graph that is a break."""
-    disabled: Callable[..., Any] = torch.compiler.disable(function)
+    disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from sloth_fx.checks import FLAG, Limits, between, one_of, require, unknown
 from sloth_fx.errors import SlothError
-from sloth_fx.schedule import FLAG, Limits, PeakDecay, StepDecay, between, one_of, require, unknown
+from sloth_fx.schedule import PeakDecay, StepDecay
 
 
 class Parameter(NamedTuple):

@@ -29,11 +29,11 @@ class RewrittenOwner:
     rewritten: Rewritten
     forward: Callable[..., Any]
 
-    def operators(self, plan: SitePlan) -> dict[str, nn.Module]:
+    def operators(self, plan: SitePlan) -> dict[str, KeyValueReduction | TiledAttention]:
         """The operator modules of one site, by the names under which the rewritten graph calls them."""
         call, grid = plan.site.call, plan.site.grid
         assert grid is not None
-        operators: dict[str, nn.Module] = {}
+        operators: dict[str, KeyValueReduction | TiledAttention] = {}
         if plan.reducing is not None:
             operators[reduce_name(call)] = KeyValueReduction(plan.pooling, KeyLayout(grid))
         if plan.tiling is not None:

@@ -1,4 +1,4 @@
-"""Step three: a captured graph and what is wanted at its attentions -> a rewritten graph and the function it becomes."""
+"""Step three: a captured graph and what is wanted at its attentions become a rewritten graph and its function."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from sloth_fx.checks import unknown
 from sloth_fx.errors import SlothError
-from sloth_fx.schedule import SCHEDULES, unknown
+from sloth_fx.schedule import SCHEDULES
 from sloth_fx.spec import VERSION, Reduction, Spec
 
 SPECS: Mapping[str, type[Spec]] = {each.__name__: each for each in get_args(Spec)}

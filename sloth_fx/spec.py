@@ -7,21 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from sloth_fx import node_values
+from sloth_fx.checks import FLAG, accepting, between, check_fields, one_of, or_none, require
 from sloth_fx.errors import SlothError
-from sloth_fx.schedule import (
-    FLAG,
-    SCHEDULE,
-    SCHEDULES,
-    Constant,
-    PeakDecay,
-    Schedule,
-    accepting,
-    between,
-    check_fields,
-    one_of,
-    or_none,
-    require,
-)
+from sloth_fx.schedule import SCHEDULE, SCHEDULES, Constant, PeakDecay, Schedule
 from sloth_fx.where import STAGES, Where, as_json, validate
 
 VERSION = 1

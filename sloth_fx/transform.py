@@ -87,7 +87,7 @@ class _Request:
         for path, plans in plan.by_owner().items():
             try:
                 rewritten[path] = rewriter.rewrite(path, plans)
-                notes.update({plans[call].site.name: done for call, done in rewritten[path].rewritten.done.items()})
+                notes.update({plans[n].site.name: done for n, done in rewritten[path].rewritten.done.items()})
             except SlothError as error:
                 if self.strict:
                     raise SlothError(f"{path}: {error}") from error
@@ -97,12 +97,10 @@ class _Request:
         acting: dict[str, tuple[str, ...]] = {}
         for path, owner in rewritten.items():
             plans = plan.by_owner()[path]
-            operators = {call: owner.operators(each) for call, each in plans.items()}
-            bind(
-                model.get_submodule(path), owner.forward, {k: v for each in operators.values() for k, v in each.items()}
-            )
-            for call, each in plans.items():
-                patch.context.attach(each, list(operators[call].values()))
+            operators = {number: owner.operators(each) for number, each in plans.items()}
+            bind(model.get_submodule(path), owner.forward, operators.values())
+            for number, each in plans.items():
+                patch.context.attach(each, list(operators[number].values()))
                 acting[each.site.name] = tuple(type(spec).__name__ for spec in each.specs)
             patch.graphs[path] = owner.rewritten.graph
         if found.latent is not None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeAlias
 
+from sloth_fx.checks import between, unknown
 from sloth_fx.errors import SlothError
-from sloth_fx.schedule import between, unknown
 
 STAGES = ("in", "middle", "out")
 KINDS = ("self", "cross", "joint", "temporal")

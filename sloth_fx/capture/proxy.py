@@ -38,7 +38,7 @@ class HintProxy(fx.Proxy):
         return self.node.meta["hint"]
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         """``isinstance(x, torch.Tensor)`` is asked by host code, einops and torch itself."""
         hint = self.hint
         if isinstance(hint, torch.Tensor):
@@ -83,7 +83,7 @@ class HintProxy(fx.Proxy):
         return len(self.hint)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[index] for index in range(len(self.hint))])
+        return iter([self[index] for index in range(len(self.hint))])  # type: ignore[index]
 
     def __hash__(self) -> int:
         return id(self)

@@ -74,7 +74,7 @@ class Recorder(fx.Tracer):
 
         return forward
 
-    def proxy(self, node: fx.Node) -> HintProxy:
+    def proxy(self, node: fx.Node) -> Any:
         return HintInt(node, self) if type(node.meta["hint"]) is int else HintProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
@@ -84,7 +84,7 @@ class Recorder(fx.Tracer):
             return self.attribute(a).node
         return super().create_arg(a)
 
-    def attribute(self, tensor: torch.Tensor) -> HintProxy:
+    def attribute(self, tensor: torch.Tensor) -> Any:
         """A parameter or buffer of the owner, as a node."""
         name = self.attributes.get(id(tensor))
         if name is None:

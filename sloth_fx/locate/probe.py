@@ -107,7 +107,8 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not isinstance(result, (torch.Tensor, tuple, list)):
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if not outputs:
             return result
         self._time += 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -119,11 +120,12 @@ class Probe(TorchFunctionMode):
             if product is not None:
                 self._attention(*product, product[1].shape[-1])
         elif func in _CONCATENATIONS:
-            self._concatenation(inputs, result)
-        elif func in _CONVOLUTIONS and result.ndim == 4:
-            self._grids[result.shape[-2] * result.shape[-1]] = (result.shape[-2], result.shape[-1])
-        for leaf in (result,) if isinstance(result, torch.Tensor) else result:
-            if isinstance(leaf, torch.Tensor) and not any(leaf is tensor for tensor in inputs):
+            self._concatenation(inputs, outputs[0])
+        elif func in _CONVOLUTIONS and outputs[0].ndim == 4:
+            rows, columns = outputs[0].shape[-2:]
+            self._grids[rows * columns] = (rows, columns)
+        for leaf in outputs:
+            if not any(leaf is tensor for tensor in inputs):
                 self._made[id(leaf)] = (self._time, leaf, inputs)
                 if func in _PRODUCTS or func in _ADDED_PRODUCTS:
                     leaf._sloth_fx_factors = tuple(inputs[-2:])  # type: ignore[attr-defined]
@@ -146,9 +148,8 @@ class Probe(TorchFunctionMode):
 
     def _concatenation(self, inputs: list[torch.Tensor], result: torch.Tensor) -> None:
         maps = [tensor for tensor in inputs if tensor.ndim == 4 and id(tensor) in self._made]
-        if result.ndim == 4 and len(maps) == len(inputs) == 2 and maps[0].shape[-2:] == maps[1].shape[-2:]:
-            if result.shape[1] == maps[0].shape[1] + maps[1].shape[1]:
-                self.skips.append((min(self._made[id(tensor)][0] for tensor in maps), self._time))
+        if len(maps) == len(inputs) == 2 and result.shape[1] == maps[0].shape[1] + maps[1].shape[1]:
+            self.skips.append((min(self._made[id(tensor)][0] for tensor in maps), self._time))
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -57,8 +57,8 @@ def as_call(example_inputs: Any) -> Call:
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     raise SlothError(
-        f"example_inputs is a {type(example_inputs).__name__}: give a dict of keyword arguments or a tuple of positional "
-        "ones, as for a call of the model"
+        f"example_inputs is a {type(example_inputs).__name__}: give a dict of keyword arguments or a tuple of "
+        "positional ones, as for a call of the model"
     )
 
 

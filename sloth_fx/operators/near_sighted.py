@@ -46,7 +46,7 @@ def near_sighted_attention(
             either border. False: they are whole, M = N, and are cut and sampled here; the window is then (1, 1).
         attend: the attention of one group of tiles, which become its batch.
         merge: "concat" attends once to both sets of keys. "lse" attends to each and merges the two by their
-            log-sum-exp, without copying keys; it ignores `attend`, and has no gradient.
+            log-sum-exp, without a copy of the samples for each tile; it ignores `attend`, and has no gradient.
         scale: D ** -0.5 when None.
         halves: parts of the batch (CFG), outermost in it, whose images never meet.
         concat_local: the tiles at one place of all images of a half see each other's own keys.
@@ -59,7 +59,7 @@ def near_sighted_attention(
         SlothError: B is not a multiple of `halves`, the number of tokens does not fit the layout, `merge` does not
             exist, or "lse" meets a tensor that needs a gradient.
 
-    Source: Near-sighted Attention node, release of 2023-12-16, 2.1 to 2.3 without its padding.
+    Source: Near-sighted Attention node, release of 2023-12-16, without its padding.
     """
     batch = query.shape[0]
     if halves < 1 or batch % halves:

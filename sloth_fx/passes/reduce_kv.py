@@ -35,6 +35,9 @@ class KeyValueReduction(nn.Module):
         self.pooling = pooling
         self.layout = layout
 
+    def set_layout(self, layout: KeyLayout, halves: int) -> None:
+        self.layout = layout
+
     def forward(self, keys: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layout = self.layout
         if layout.window == (1, 1):  # nothing to pool; cutting tiles out is then left to the tiled attention
@@ -52,7 +55,10 @@ def _reduced(tokens: Tensor, layout: KeyLayout, pooling: Pooling) -> tuple[Tenso
         return reduce_tokens(tokens, layout, pooling)
     heads = tokens.shape[1]
     keys, values = reduce_tokens(tokens.transpose(1, 2).flatten(2), layout, pooling)
-    return keys.unflatten(2, (heads, -1)).transpose(1, 2), values.unflatten(2, (heads, -1)).transpose(1, 2)
+    return (
+        torch.unflatten(keys, 2, (heads, -1)).transpose(1, 2),
+        torch.unflatten(values, 2, (heads, -1)).transpose(1, 2),
+    )
 
 
 def reduce_kv(graph: fx.Graph, core: AttentionCore, name: str, owner: nn.Module, *, hoist: bool = True) -> str:
@@ -60,25 +66,27 @@ def reduce_kv(graph: fx.Graph, core: AttentionCore, name: str, owner: nn.Module,
 
     ``hoist=False`` keeps it at the attention core.
     """
-    users = [_projection(node, owner) for node in (core.key, core.value)] if hoist else [None, None]
-    if users[0] is None or users[1] is None or users[0] is users[1]:
-        sources = [core.key, core.value]
-        users = [core.node, core.node]
+    to_key, to_value = (_projection(node, owner) for node in (core.key, core.value)) if hoist else (None, None)
+    if to_key is None or to_value is None or to_key is to_value:
+        with graph.inserting_before(core.node):
+            _replace_key_value(core, *_reduced_pair(graph, name, (core.key, core.value)))
         place = "at the attention's keys and values"
     else:
-        sources = [users[0].args[0], users[1].args[0]]  # type: ignore[list-item]
-        place = f"above {users[0].target}, {users[1].target}"
-    arguments = tuple(dict.fromkeys(sources)) if users[0] is not users[1] else tuple(sources)
-    with graph.inserting_before(min(users)):  # type: ignore[type-var]
-        reduced = graph.call_module(name, arguments)
-        key, value = (graph.call_function(operator.getitem, (reduced, index)) for index in (0, 1))
-    if users[0] is users[1]:
-        _replace_key_value(core, key, value)
-    else:
-        users[0].replace_input_with(sources[0], key)
-        users[1].replace_input_with(sources[1], value)
+        key_input, value_input = to_key.all_input_nodes[0], to_value.all_input_nodes[0]
+        inputs = (key_input,) if key_input is value_input else (key_input, value_input)
+        with graph.inserting_before(min(to_key, to_value)):
+            key, value = _reduced_pair(graph, name, inputs)
+        to_key.replace_input_with(key_input, key)
+        to_value.replace_input_with(value_input, value)
+        place = f"above {to_key.target}, {to_value.target}"
     graph.lint()
     return place
+
+
+def _reduced_pair(graph: fx.Graph, name: str, inputs: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node]:
+    reduced = graph.call_module(name, inputs)
+    key, value = (graph.call_function(operator.getitem, (reduced, index)) for index in (0, 1))
+    return key, value
 
 
 def _replace_key_value(core: AttentionCore, key: fx.Node, value: fx.Node) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx, nn
 
 from sloth_fx.operators import KeyLayout, near_sighted_attention
@@ -28,12 +29,15 @@ class TiledAttention(nn.Module):
         self.concat_global = concat_global
         self.halves = 1
 
+    def set_layout(self, layout: KeyLayout, halves: int) -> None:
+        self.layout, self.halves = layout, halves
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         layout = self.layout
         if layout.tile is None:
             return self.attend(query, key, value)
         if self.folded_heads is not None:
-            query, key, value = (t.unflatten(0, (-1, self.folded_heads)) for t in (query, key, value))
+            query, key, value = (torch.unflatten(each, 0, (-1, self.folded_heads)) for each in (query, key, value))
         out = near_sighted_attention(
             query,
             key,
@@ -49,7 +53,7 @@ class TiledAttention(nn.Module):
 
     def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = self.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
-        return out.unflatten(0, (-1, query.shape[1]))
+        return torch.unflatten(out, 0, (-1, query.shape[1]))
 
     def extra_repr(self) -> str:
         return str(self.layout)

@@ -125,7 +125,7 @@ def test_scale_and_attend_are_passed_on():
     # 3 × 2 tiles of 5 × 5 at most, in 2 × 2 groups; 4 × 3 samples.
     assert calls[0] == ((4, 2, 25, 4), (4, 2, 37, 4), (4, 2, 37, 6), 1.0)
     assert [call[0][0] for call in calls] == [4, 4, 2, 2]
-    torch.testing.assert_close(result, rewritten(tokens, weights, layout, scale=1.0, merge="lse"))
+    torch.testing.assert_close(result, rewritten(tokens, weights, layout, attend=attend, scale=1.0, merge="lse"))
     assert len(calls) == 4, "lse has kernels of its own"
     weights["q"] = weights["q"] * SIZES["q"] ** 0.5
     torch.testing.assert_close(result, rewritten(tokens, weights, layout))

@@ -1,0 +1,181 @@
+"""The same formulas as attention processors of diffusers, written in the obvious way: what the benchmarks compare with.
+
+They follow the nodes' way of working (docs/specs.md has the formulas): stride and grid are worked out at every call,
+keys and values are reduced apart, both kinds of sample are always computed, the grid is padded with zeros, and the
+global samples are repeated for every tile before they are projected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def finish(attn: Any, out: Tensor, residual: Tensor) -> Tensor:
+    """What diffusers' processor does behind the attention."""
+    out = attn.to_out[1](attn.to_out[0](out))
+    if attn.residual_connection:
+        out = out + residual
+    return out / attn.rescale_output_factor
+
+
+def heads(attn: Any, tokens: Tensor) -> Tensor:
+    return tokens.view(tokens.shape[0], -1, attn.heads, tokens.shape[-1] // attn.heads).transpose(1, 2)
+
+
+def joined(out: Tensor) -> Tensor:
+    return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
+
+
+@dataclass
+class Node:
+    """The parameters of a node of 2023-12-16, and the moment."""
+
+    latent: tuple[int, int]
+    first_channels: int
+    finest: int  # latent rows per token at the shallowest attention level: 1 (SD1.5) or 2 (SDXL)
+    progress: float = 0.4
+    slothful: tuple[float, float] = (6.0, 4.0)  # in, out
+    blend: float = 0.0
+    depth_decay: float = 2.0
+    peak_time: float = 0.4
+    time_decay: float = 2.0
+    tile: tuple[float, float] | None = None  # base, peak
+    global_ratio: tuple[float, float] = (0.0, 0.0)
+    max_depth: int = 2
+    given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def time_ratio(self) -> float:
+        return math.exp(-(((self.progress - self.peak_time) * self.time_decay) ** 2))
+
+    def stride(self, stage: str, channels: int) -> float:
+        rate = self.slothful[stage == "out"]
+        # channels double with every level, so this is (downscale of the shallowest level / downscale here)
+        return rate * self.time_ratio * (self.first_channels / channels) ** self.depth_decay
+
+    def grid(self, tokens: int) -> tuple[int, int]:
+        rows, columns = self.latent
+        while rows * columns > tokens:
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        return rows, columns
+
+    def tiles(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """How many tiles, along rows and columns."""
+        if self.tile is None or self.latent[0] / grid[0] > 2 ** (self.max_depth - 1):
+            return 1, 1
+        base, peak = self.tile
+        size = round(base + (peak - base) * self.time_ratio)
+        return math.ceil(grid[0] / size), math.ceil(grid[1] / size)
+
+    @property
+    def samples_per_tile(self) -> float:
+        base, peak = self.global_ratio
+        return base + (peak - base) * self.time_ratio
+
+
+def split(stride: float, size: tuple[int, int], long_axis: str) -> tuple[int, int]:
+    """Strides (rows, columns)."""
+    long = math.ceil(math.sqrt(max(stride, 1)))
+    short = math.ceil(max(stride, 1) / long)
+    rows, columns = (long, short) if long_axis == "y" else (short, long)
+    return min(rows, size[0]), min(columns, size[1])
+
+
+def sampled(
+    tokens: Tensor, grid: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], blend: float
+) -> Tensor:
+    """(B, N, C) -> (B, M, C)."""
+    image = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
+    one = F.avg_pool2d(image, 1, stride)
+    pool = F.avg_pool2d(image, window, stride)
+    one = one[:, :, : pool.shape[2], : pool.shape[3]]
+    return ((1 - blend) * one + blend * pool).flatten(2).transpose(1, 2)
+
+
+class Naive:
+    """Reduction, tiles, or both, at one site."""
+
+    def __init__(self, node: Node, name: str) -> None:
+        self.node = node
+        self.name = name
+        self.stage = {"down": "in", "mid": "middle"}.get(name.split("_")[0], "out")
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        node, residual = self.node, hidden_states
+        grid = node.grid(hidden_states.shape[1])
+        stride = 1.0 if self.stage == "middle" else node.stride(self.stage, hidden_states.shape[-1])
+        tiles = node.tiles(grid)
+        if tiles == (1, 1):
+            keys = values = hidden_states
+            if stride > 1:
+                window = split(stride, grid, "y")
+                keys, values = (sampled(hidden_states, grid, window, window, node.blend) for _ in range(2))
+            return finish(attn, self.attend(attn, hidden_states, keys, values), residual)
+        return finish(attn, self.in_tiles(attn, hidden_states, grid, tiles, stride), residual)
+
+    def attend(self, attn: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        query, key, value = heads(attn, attn.to_q(queries)), heads(attn, attn.to_k(keys)), heads(attn, attn.to_v(values))
+        return joined(F.scaled_dot_product_attention(query, key, value))
+
+    def in_tiles(
+        self, attn: Any, tokens: Tensor, grid: tuple[int, int], tiles: tuple[int, int], stride: float
+    ) -> Tensor:
+        (rows, columns), (ty, tx), node = grid, tiles, self.node
+        th, tw = math.ceil(rows / ty), math.ceil(columns / tx)
+        image = tokens.unflatten(1, grid)
+        padded = F.pad(image, (0, 0, 0, tx * tw - columns, 0, ty * th - rows))
+        cut = padded.unflatten(2, (tx, tw)).unflatten(1, (ty, th)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+        window = split(stride, (th, tw), "y")
+        far_stride = split(max(1, stride) * ty * tx / node.samples_per_tile, grid, "x" if node.slothful[0] <= 1 else "y")
+        both = []
+        for _ in range(2):  # keys, values
+            near = sampled(cut, (th, tw), window, window, node.blend) if stride > 1 else cut
+            far = sampled(tokens, grid, window if stride > 1 else (1, 1), far_stride, node.blend)
+            both.append(torch.cat([near, far.repeat_interleave(ty * tx, 0)], 1))
+        out = self.attend(attn, cut, *both).unflatten(0, (-1, ty, tx)).unflatten(3, (th, tw))
+        return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :rows, :columns].flatten(1, 2)
+
+
+class Recording(Naive):
+    """Also keeps the keys and values of every site where they are fewer than the queries."""
+
+    def attend(self, attn: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if keys.shape[1] < queries.shape[1]:
+            given = heads(attn, attn.to_k(keys)), heads(attn, attn.to_v(values))
+            # as a view of (B, M, heads, D), which is how a projection leaves them
+            self.node.given[self.name] = given
+        return super().attend(attn, queries, keys, values)
+
+
+class Given:
+    """The ideal: where keys and values are reduced, they are there already. Only queries, attention and output cost."""
+
+    def __init__(self, node: Node, name: str) -> None:
+        self.key, self.value = node.given.get(name, (None, None))
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        query = heads(attn, attn.to_q(hidden_states))
+        key = heads(attn, attn.to_k(hidden_states)) if self.key is None else self.key
+        value = heads(attn, attn.to_v(hidden_states)) if self.value is None else self.value
+        return finish(attn, joined(F.scaled_dot_product_attention(query, key, value)), hidden_states)
+
+
+def with_processors(model: Any, make: Callable[[Node, str], Any], node: Node) -> nn.Module:
+    """Give the self-attentions of ``model`` (which is changed) processors of a node."""
+    processors = {
+        name: make(node, name) if name.split(".")[-2] == "attn1" else processor
+        for name, processor in model.attn_processors.items()
+    }
+    model.set_attn_processor(processors)
+    return model
