@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sloth_fx.bind import Variant, Variants, make_forward, unbound
-from sloth_fx.capture import Skeleton, capture, fingerprint
+from sloth_fx.capture import Skeleton, capture
 from sloth_fx.capture.call import read_call
 from sloth_fx.capture.capture import Call
 from sloth_fx.locate import Survey
@@ -57,13 +57,12 @@ class OwnerRewriter:
     def rewrite(self, path: str, plans: Plans) -> RewrittenOwner:
         """The owner at ``path``, rewritten. Raises :class:`SlothError` when it cannot be captured or rewritten."""
         owner = self.found.skeleton.model.get_submodule(path)
-        first, other = self.found.calls[path]
-        pattern, tensors = read_call(*first)
-        wanted = tuple((call, plan.reducing is None, plan.tiling is None) for call, plan in plans.items())
-        key = fingerprint(owner), repr(pattern), tuple(tensor.ndim for tensor in tensors), wanted
+        structure = self.found.structure[path]
+        key = structure, tuple((call, plan.reducing is None, plan.tiling is None) for call, plan in plans.items())
         if key not in self._shared:
             calls = sum(site.path == path for site in self.found.sites)
-            rewritten, variant = _variant(self.found.skeleton, owner, first, other, plans, calls)
+            call, resized = self.found.calls[path], self.found.resized.get(structure)
+            rewritten, variant = _variant(self.found.skeleton, owner, call, resized, plans, calls)
             variants = Variants([variant], _Recapture(plans, calls))
             self._shared[key] = RewrittenOwner(rewritten, make_forward(variants))
         return self._shared[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +45,23 @@ class AttentionEvent:
     grid: tuple[int, int] | None
 
 
+class _SeenEnough(BaseException):
+    """Ends a run; no host code catches it."""
+
+
 class Probe(TorchFunctionMode):
     """Everything one shape-only run of ``skeleton`` on ``inputs`` tells.
 
     ``attentions`` are in order of execution; ``skips`` are the channel concatenations that join an older feature map
     (when it was made, when it was joined): the skip connections of a UNet, which tell its stages apart.
+    With ``until`` the run stops once attention was seen in each of these modules (paths).
     """
 
-    def __init__(self, skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], until: Iterable[str] = ()
+    ) -> None:
         super().__init__()
+        self._awaited = set(until)
         self.attentions: list[AttentionEvent] = []
         self.skips: list[tuple[int, int]] = []
         self._time = 0
@@ -64,6 +72,8 @@ class Probe(TorchFunctionMode):
         try:
             with skeleton.running(), self:
                 skeleton.model(*args, **kwargs)
+        except _SeenEnough:
+            pass
         except Exception as error:
             raise SlothError(
                 f"{type(skeleton.model).__name__} does not run on these inputs ({_shapes(args, kwargs)}): "
@@ -133,7 +143,12 @@ class Probe(TorchFunctionMode):
 
     def _attention(self, query: torch.Tensor, key: torch.Tensor, kv_tokens: int) -> None:
         grid = self._grids.get(query.shape[-2])
-        self.attentions.append(AttentionEvent(self._time, self._stack[-1], query, key, kv_tokens, grid))
+        owner = self._stack[-1]
+        self.attentions.append(AttentionEvent(self._time, owner, query, key, kv_tokens, grid))
+        if owner.path in self._awaited:
+            self._awaited.remove(owner.path)
+            if not self._awaited:
+                raise _SeenEnough
 
     def _product_behind(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The factors q and k^T of attention scores, through scaling, masking and casts of the same shape."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from sloth_fx.capture.capture import Call
+from sloth_fx.capture.call import read_call
+from sloth_fx.capture.capture import Call, fingerprint
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.locate.probe import Probe
@@ -22,13 +23,16 @@ from sloth_fx.site import AttentionSite
 class Survey:
     """What the trial runs of a model told.
 
-    ``calls`` holds, by path of the owner, the arguments of its first call, and those of the run at another size
-    (``None`` where the model does not run at another size).
+    By path of the owner, ``calls`` holds the arguments of its first call, and ``structure`` what it shares with the
+    owners that take the same path through the same code. ``resized`` holds, for each such structure, a call at another
+    size (none where the model does not run at another size).
     """
 
     skeleton: Skeleton
     sites: list[AttentionSite]
-    calls: dict[str, tuple[Call, Call | None]]
+    calls: dict[str, Call]
+    structure: dict[str, Hashable]
+    resized: dict[Hashable, Call]
     latent: tuple[int, int] | None
 
 
@@ -43,9 +47,12 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     latent = _latent((args, kwargs), adapter, skeleton.model)
     size = latent_size(latent)
     sites = locate(probe, size)
-    again = _first_calls(_probe_resized(skeleton, (args, kwargs), latent))
-    calls = {path: (first, again.get(path)) for path, first in _first_calls(probe).items()}
-    return Survey(skeleton, sites, calls, size)
+    calls = _first_calls(probe)
+    structure = {path: _structure(skeleton, path, first) for path, first in calls.items()}
+    examples = {each: path for path, each in reversed(structure.items())}  # the first owner of each structure
+    again = _first_calls(_probe_resized(skeleton, (args, kwargs), latent, examples.values()))
+    resized = {each: again[path] for each, path in examples.items() if path in again}
+    return Survey(skeleton, sites, calls, structure, resized, size)
 
 
 def as_call(example_inputs: Any) -> Call:
@@ -74,7 +81,12 @@ def _first_calls(probe: Probe | None) -> dict[str, Call]:
     return calls
 
 
-def _probe_resized(skeleton: Skeleton, call: Call, latent: Any) -> Probe | None:
+def _structure(skeleton: Skeleton, path: str, call: Call) -> Hashable:
+    pattern, tensors = read_call(*call)
+    return fingerprint(skeleton.model.get_submodule(path)), repr(pattern), tuple(tensor.ndim for tensor in tensors)
+
+
+def _probe_resized(skeleton: Skeleton, call: Call, latent: Any, until: Iterable[str]) -> Probe | None:
     """A run with one image more, twice the rows and three times the columns; ``None`` if the model refuses."""
     size = latent_size(latent)
     if size is None:
@@ -97,6 +109,6 @@ def _probe_resized(skeleton: Skeleton, call: Call, latent: Any) -> Probe | None:
 
     args, kwargs = resized(call)
     try:
-        return Probe(skeleton, args, kwargs)
+        return Probe(skeleton, args, kwargs, until)
     except SlothError:
         return None

@@ -1,0 +1,544 @@
+"""What must hold whatever the specs: nothing happens where nothing is asked, and nobody else notices."""
+
+import copy
+import json
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import models
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+
+import sloth_fx
+from sloth_fx import NearSightedAttention, NearSightedTile, PeakDecay, Reduction, SlothError, SlothfulAttention
+
+OFF = Reduction(rate=1.0)
+NEUTRAL = {
+    "slothful": SlothfulAttention(in_=OFF, out=OFF, keep_middle=False),
+    "slothful-max": SlothfulAttention(
+        in_=Reduction(rate=0.0, mode="2d_max", k_blend=1.0), out=Reduction(rate=0.9, mode="1d_avg", border="crop")
+    ),
+    "faded": SlothfulAttention(schedule=PeakDecay(peak_time=1.0, time_decay=4.0)),
+    "tile": NearSightedTile(tile_size=64),
+    "near-sighted": NearSightedAttention(base_tile_size=64, peak_tile_size=64, in_=OFF, out=OFF, concat_local=True),
+    "both": [SlothfulAttention(in_=OFF, out=OFF), NearSightedTile(tile_size=64, max_depth=8)],
+}
+SLOTHFUL = SlothfulAttention(in_=Reduction(rate=6.0, k_blend=0.5), out=Reduction(rate=4.0, v_blend=1.0))
+NEAR = NearSightedAttention(base_tile_size=6, peak_tile_size=8)
+
+
+def patched_at(model: nn.Module, specs: Any, progress: float) -> nn.Module:
+    patched = sloth_fx.transform(model, specs)
+    sloth_fx.context(patched).at(progress)
+    return patched
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """Everything about a model that a transform could leave traces in."""
+    return [
+        (path, type(module), sorted(vars(module)), list(module._modules), len(module._forward_pre_hooks), vars(module).get("forward"))
+        for path, module in model.named_modules()
+    ] + [(name, id(tensor), tensor.dtype, tensor.device, tensor._version) for name, tensor in tensors_of(model)]
+
+
+def tensors_of(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+# Neutral parameters
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_parameters_change_no_bit(name):
+    model = models.shared("sdxl")
+    patched = patched_at(model, NEUTRAL[name], 0.0)
+    for batch, size in ((1, (13, 21)), (2, (16, 16)), (3, (19, 29)), (4, (8, 12))):
+        values = models.inputs(model, batch, *size)
+        assert torch.equal(models.run(patched, values), models.run(model, values))
+
+
+@pytest.mark.parametrize("name", ["sd15", "ssd1b", "unconditional"])
+def test_neutral_parameters_change_no_bit_of_any_model(name):
+    model = models.shared(name)
+    values = models.inputs(model, 2, 16, 28)
+    for specs in (NEUTRAL["slothful"], NEUTRAL["near-sighted"]):
+        patched = patched_at(model, specs, 0.0)
+        assert torch.equal(models.run(patched, values), models.run(model, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_neutral_parameters_in_other_types_after_the_transform(dtype):
+    model = models.shared("sdxl")
+    plain = copy.deepcopy(model).to(dtype)
+    values = models.cast(models.inputs(model), dtype)
+    for specs in (NEUTRAL["slothful"], NEUTRAL["near-sighted"]):
+        patched = patched_at(model, specs, 0.0).to(dtype)
+        assert torch.equal(models.run(patched, values), models.run(plain, values))
+
+
+def test_neutral_parameters_in_channels_last():
+    model = models.sdxl().to(memory_format=torch.channels_last)
+    values = models.inputs(model)
+    values["sample"] = values["sample"].to(memory_format=torch.channels_last)
+    patched = patched_at(model, NEUTRAL["both"], 0.0)
+    assert torch.equal(models.run(patched, values), models.run(model, values))
+
+
+# Types, formats and sizes after the transform
+
+
+@pytest.mark.parametrize("specs", [SLOTHFUL, NEAR, [SLOTHFUL, NearSightedTile(tile_size=5)]], ids=["s", "n", "both"])
+def test_the_formulas_hold_exactly_in_float64(specs):
+    model = models.shared("sd15")
+    patched = patched_at(model, specs, 0.4).double()
+    values = models.inputs(model)
+    out = models.run(patched, models.cast(values, torch.float64))
+    expected = reference.predict(model, specs if isinstance(specs, list) else [specs], values, progress=0.4)
+    assert (out - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+def test_half_precision_stays_close(dtype, bound):
+    model = models.shared("ssd1b")
+    values = models.inputs(model)
+    for specs in (SLOTHFUL, NEAR):
+        patched = patched_at(model, specs, 0.4)
+        expected = models.run(patched, values)
+        out = models.run(patched.to(dtype), models.cast(values, dtype))
+        assert out.dtype == dtype
+        assert (out.float() - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_a_model_in_half_precision_is_transformed_as_it_is():
+    model = models.ssd1b().to(torch.bfloat16)
+    values = models.cast(models.inputs(model), torch.bfloat16)
+    out = models.run(patched_at(model, NEAR, 0.4), values)
+    cast_later = patched_at(models.shared("ssd1b"), NEAR, 0.4).to(torch.bfloat16)
+    assert torch.equal(out, models.run(cast_later, values))
+
+
+def test_channels_last_changes_nothing_but_rounding():
+    model = models.sdxl().to(memory_format=torch.channels_last)
+    values = models.inputs(model)
+    values["sample"] = values["sample"].to(memory_format=torch.channels_last)
+    for specs in (SLOTHFUL, NEAR):
+        expected = reference.predict(models.shared("sdxl"), [specs], values, progress=0.4)
+        out = models.run(patched_at(model, specs, 0.4), values)
+        assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_large_odd_latent():
+    model = models.shared("ssd1b")
+    patched = patched_at(model, NearSightedAttention(), 0.4)
+    values = models.inputs(model, 1, 61, 93)
+    expected = reference.predict(model, [NearSightedAttention()], values, progress=0.4)
+    assert (models.run(patched, values) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_sizes_alternate():
+    model = models.shared("sdxl")
+    patched = patched_at(model, NEAR, 0.4)
+    small, large = models.inputs(model, 1, 13, 21), models.inputs(model, 3, 24, 16)
+    first = models.run(patched, small), models.run(patched, large)
+    again = models.run(patched, small), models.run(patched, large)
+    assert all(map(torch.equal, first, again))
+
+
+# The original model
+
+
+def test_the_original_never_changes():
+    model = models.sdxl()
+    values = models.inputs(model)
+    before, state = models.run(model, values), state_of(model)
+    patched = sloth_fx.transform(model, [SLOTHFUL, NearSightedTile(tile_size=5)])
+    assert state_of(model) == state
+    for progress in (0.0, 0.4, 1.0):
+        sloth_fx.context(patched).at(progress)
+        models.run(patched, values)
+    models.run(patched.half(), models.cast(values, torch.float16))
+    sloth_fx.inspect(model)
+    assert state_of(model) == state
+    assert torch.equal(models.run(model, values), before)
+
+
+def test_a_failed_transform_leaves_the_original_as_it_was():
+    model = models.sdxl()
+    blind(model)
+    values = models.inputs(model)
+    before, state = models.run(model, values), state_of(model)
+    with pytest.raises(SlothError, match="cannot be captured"):
+        sloth_fx.transform(model, SLOTHFUL)
+    assert state_of(model) == state
+    assert torch.equal(models.run(model, values), before)
+
+
+def test_the_clone_is_the_same_model_over_the_same_memory():
+    model = models.sdxl()
+    patched = sloth_fx.transform(model, NEAR)
+    assert type(patched) is type(model)
+    assert patched.config == model.config
+    assert list(patched.state_dict()) == list(model.state_dict())
+    for (name, mine), (other, theirs) in zip(tensors_of(model), tensors_of(patched), strict=True):
+        assert (name, mine.data_ptr()) == (other, theirs.data_ptr())
+        assert mine is not theirs
+    with torch.no_grad():
+        model.conv_in.weight.mul_(2)
+    assert torch.equal(patched.conv_in.weight, model.conv_in.weight)
+    patched.load_state_dict(models.shared("sdxl").state_dict())
+    assert torch.equal(patched.conv_in.weight, models.shared("sdxl").conv_in.weight)
+
+
+def test_moving_or_casting_the_clone_leaves_the_original():
+    model = models.sdxl()
+    values = models.inputs(model)
+    before = models.run(model, values)
+    sloth_fx.transform(model, NEAR).to(torch.bfloat16)
+    sloth_fx.transform(model, NEAR).to("meta")
+    sloth_fx.transform(model, NEAR).requires_grad_(False)
+    for _, tensor in tensors_of(model):
+        assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(models.run(model, values), before)
+
+
+def test_tied_parameters_stay_tied():
+    model = models.sdxl()
+    resnet = model.mid_block.resnets[0]
+    resnet.conv2.weight = resnet.conv1.weight
+    theirs = sloth_fx.transform(model, NEAR).mid_block.resnets[0]
+    assert theirs.conv2.weight is theirs.conv1.weight
+    assert theirs.conv1.weight is not resnet.conv1.weight
+
+
+# Contexts
+
+
+def test_a_deep_copy_has_a_context_and_results_of_its_own():
+    model = models.shared("sdxl")
+    values = models.inputs(model)
+    patched = patched_at(model, NEAR, 0.4)
+    expected = {progress: models.run(patched_at(model, NEAR, progress), values) for progress in (0.4, 1.0)}
+    twin = copy.deepcopy(patched)
+    assert sloth_fx.context(twin) is not sloth_fx.context(patched)
+    sloth_fx.context(twin).at(1.0)
+    assert sloth_fx.context(patched).progress == 0.4
+    for _ in range(2):
+        assert torch.equal(models.run(patched, values), expected[0.4])
+        assert torch.equal(models.run(twin, values), expected[1.0])
+    assert sloth_fx.report(twin).to_dict() == sloth_fx.report(patched).to_dict()
+    twin.conv_in.weight.data.zero_()
+    assert torch.equal(models.run(patched, values), expected[0.4])
+
+
+def test_a_deep_copy_before_the_first_call():
+    model = models.shared("sdxl")
+    wrapped = Wrapped(model)
+    twin = copy.deepcopy(sloth_fx.transform(wrapped, NEAR))
+    sloth_fx.context(twin).at(0.4)
+    values = models.inputs(model)
+    with torch.no_grad():
+        out = twin(values["sample"], 500, values["encoder_hidden_states"], values["added_cond_kwargs"])
+    assert torch.equal(out, models.run(patched_at(model, NEAR, 0.4), values))
+
+
+def test_two_threads_do_not_see_each_other():
+    model = models.shared("ssd1b")
+    values = models.inputs(model, 1)
+    pair = [sloth_fx.transform(model, SLOTHFUL), sloth_fx.transform(model, NEAR)]
+    moments = [[0.4, 0.0, 0.7], [1.0, 0.3, 0.45]]
+
+    def outputs(patched: nn.Module, times: list[float]) -> list[torch.Tensor]:
+        found = []
+        for progress in times:
+            sloth_fx.context(patched).at(progress)
+            found.append(models.run(patched, values))
+        return found
+
+    serial = [outputs(patched, times) for patched, times in zip(pair, moments, strict=True)]
+    wrong: list[Any] = []
+    together = threading.Barrier(3)
+
+    def work(number: int) -> None:
+        together.wait()
+        try:
+            for turn in range(12):
+                found = outputs(pair[number], moments[number])
+                if not all(map(torch.equal, found, serial[number])):
+                    wrong.append((number, turn))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    together.wait()
+    sloth_fx.transform(model, NEAR)  # captures while they run
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_undriven_models_follow_each_calls_timestep():
+    model = models.shared("sdxl")
+    patched = sloth_fx.transform(model, NEAR)
+    context = sloth_fx.context(patched)
+    for timestep in (999, torch.tensor(600), torch.tensor([250, 250]), 0.5):
+        out = models.run(patched, models.inputs(model, timestep=timestep))
+        progress = 1 - float(torch.as_tensor(timestep).flatten()[0]) / 1000
+        assert context.progress == pytest.approx(progress)
+        context.at(context.progress)
+        assert torch.equal(models.run(patched, models.inputs(model, timestep=timestep)), out)
+        context.auto()
+
+
+# Gradients
+
+
+def test_a_training_step_through_a_patched_model():
+    model = models.sdxl()
+    patched = patched_at(model, [SLOTHFUL, NearSightedTile(tile_size=5)], 0.4).train()
+    values = models.inputs(model)
+    target = torch.randn_like(values["sample"])
+    optimizer = torch.optim.SGD(patched.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = F.mse_loss(patched(**values).sample, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    for name, parameter in patched.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        SLOTHFUL,
+        NEAR,
+        NearSightedTile(tile_size=5, concat_local=True, concat_global=True),
+        SlothfulAttention(in_=Reduction(rate=6.0, mode="1d_max", v_blend=1.0), out=Reduction(rate=4.0, border="crop")),
+    ],
+    ids=["slothful", "near-sighted", "tile", "max"],
+)
+def test_gradients_match_finite_differences(specs):
+    model = models.unconditional().double()
+    patched = patched_at(model, specs, 0.4)
+    values = models.cast(models.inputs(model, 2, 8, 12), torch.float64)
+    target = torch.randn_like(values["sample"])
+    directions = [torch.randn_like(parameter) for parameter in patched.parameters()]
+
+    def loss() -> torch.Tensor:
+        return (patched(**values).sample * target).mean()
+
+    loss().backward()
+    slope = sum((p.grad * d).sum() for p, d in zip(patched.parameters(), directions, strict=True))
+    ends = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            for parameter, direction in zip(patched.parameters(), directions, strict=True):
+                parameter.add_(direction, alpha=step)
+            ends.append(loss())
+            for parameter, direction in zip(patched.parameters(), directions, strict=True):
+                parameter.sub_(direction, alpha=step)
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, slope.detach(), rtol=1e-4, atol=1e-8)
+
+
+def test_gradients_reach_the_latent():
+    model = models.shared("unconditional")
+    patched = patched_at(model, NEAR, 0.4)
+    values = models.inputs(model, 1, 16, 24)
+    values["sample"].requires_grad_()
+    patched(**values).sample.sum().backward()
+    assert values["sample"].grad.abs().min() > 0
+
+
+# Other ways to write a model
+
+
+def test_explicit_softmax_gives_what_fused_attention_gives():
+    model = models.sdxl()
+    model.set_attn_processor(AttnProcessor())
+    values = models.inputs(model, 3)
+    for specs in ([SLOTHFUL], [NEAR], [SLOTHFUL, NearSightedTile(tile_size=5, concat_global=True)]):
+        out = models.run(patched_at(model, specs, 0.4), values)
+        expected = reference.predict(models.shared("sdxl"), specs, values, progress=0.4)
+        assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+    neutral = patched_at(model, NEUTRAL["both"], 0.0)
+    assert torch.equal(models.run(neutral, values), models.run(model, values))
+
+
+def test_example_inputs_as_keywords_and_by_position():
+    model = models.shared("sd15")
+    values = models.inputs(model, 2, 13, 21)
+    expected = models.run(patched_at(model, NEAR, 0.4), values)
+    for example in (values, (values["sample"], 500, values["encoder_hidden_states"])):
+        patched = sloth_fx.transform(model, NEAR, example_inputs=example)
+        assert sloth_fx.report(patched).sites[0].site.grid == (13, 21)
+        sloth_fx.context(patched).at(0.4)
+        assert torch.equal(models.run(patched, values), expected)
+        with torch.no_grad():
+            by_position = patched(values["sample"], 500, values["encoder_hidden_states"], return_dict=False)[0]
+        assert torch.equal(by_position, expected)
+
+
+class Wrapped(nn.Module):
+    """A class that nobody knows, with names of its own."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, t, text, others):
+        return self.unet(x, t, text, added_cond_kwargs=others, return_dict=False)[0]
+
+
+def test_a_model_of_unknown_class_is_transformed_at_its_first_call():
+    model = models.shared("sdxl")
+    values = models.inputs(model, timestep=600)
+    patched = sloth_fx.transform(Wrapped(model), NEAR)
+    assert len(sloth_fx.report(patched)) == 0
+    assert "first call" in str(sloth_fx.report(patched))
+    with torch.no_grad():
+        out = patched(values["sample"], 600, values["encoder_hidden_states"], others=values["added_cond_kwargs"])
+    assert torch.equal(out, models.run(patched_at(model, NEAR, 0.4), values))
+    assert sloth_fx.context(patched).progress == pytest.approx(0.4)
+    acting = [site for site in sloth_fx.report(patched) if site.operators]
+    assert acting
+    assert all(site.site.path.startswith("unet.") for site in acting)
+
+
+class Denoiser(nn.Module):
+    """Attention as others write it: one projection for queries, keys and values, over all pixels of a feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 16, 3, padding=1)
+        self.qkv = nn.Linear(16, 48)
+        self.leave = nn.Conv2d(16, 3, 1)
+
+    def attend(self, features, keep=lambda tokens: tokens):
+        query, key, value = self.qkv(features).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, keep(key), keep(value))
+        return features + out.transpose(1, 2).flatten(2)
+
+    def forward(self, latent, sigma=None):
+        features = self.enter(latent)
+        return self.leave(self.attend(features.flatten(2).mT).mT.reshape(features.shape))
+
+
+def test_attention_of_ones_own():
+    """Every 2nd row and 3rd column of keys and values, and nothing else."""
+    model = Denoiser().eval()
+    latent = torch.randn(2, 3, 9, 14)
+    spec = SlothfulAttention(in_=Reduction(rate=6.0, long_axis="x"), schedule=sloth_fx.Constant())
+    patched = sloth_fx.transform(model, spec, example_inputs=(latent,))
+    with torch.no_grad():
+        features = model.enter(latent)
+        kept = [row * 14 + column for row in range(0, 9, 2) for column in range(0, 14, 3)]
+        out = model.attend(features.flatten(2).mT, lambda tokens: tokens[:, :, kept])
+        expected = model.leave(out.mT.reshape(features.shape))
+        torch.testing.assert_close(patched(latent), expected)
+        assert not torch.allclose(model(latent), expected, atol=1e-3)
+        wide = torch.randn(1, 3, 20, 10)
+        assert torch.equal(sloth_fx.transform(model, NEUTRAL["tile"])(wide), model(wide))
+
+
+# Sites that cannot be rewritten
+
+
+class Untraceable:
+    """A processor that multiplies by a tensor which belongs to no module."""
+
+    def __init__(self) -> None:
+        self.gain = torch.ones(1)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        query, key, value = (
+            project(hidden_states * self.gain).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+BLIND = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+
+
+def blind(model: nn.Module) -> None:
+    model.get_submodule(BLIND).set_processor(Untraceable())
+
+
+def test_strict_false_leaves_what_cannot_be_rewritten_and_says_so():
+    model = models.sdxl()
+    blind(model)
+    patched = sloth_fx.transform(model, NEAR, strict=False)
+    sloth_fx.context(patched).at(0.4)
+    sites = {each.site.path: each for each in sloth_fx.report(patched)}
+    assert sites[BLIND].operators == ()
+    assert "cannot be captured" in sites[BLIND].note
+    assert sum(bool(each.operators) for each in sites.values()) == 10  # of 11
+
+    values = models.inputs(model)
+    healthy = patched_at(
+        models.shared("sdxl"), NearSightedAttention(**{**vars(NEAR), "where": lambda site: site.path != BLIND}), 0.4
+    )
+    assert torch.equal(models.run(patched, values), models.run(healthy, values))
+
+
+def test_a_call_unlike_the_captured_one_is_captured_or_refused():
+    """A mask for self-attention, which no operator takes into account, is not dropped in silence."""
+    model = models.shared("sd15")
+    patched = patched_at(model, NEAR, 0.4)
+    values = models.inputs(model, 2, 16, 16)
+    expected = models.run(patched, values)
+    with pytest.raises(SlothError, match="masked"):
+        models.run(patched, {**values, "attention_mask": torch.ones(2, 256)})
+    assert torch.equal(models.run(patched, values), expected)
+
+
+# Weights on meta, reports
+
+
+def test_weights_on_meta_are_enough():
+    with torch.device("meta"):
+        model = models.MODELS["ssd1b"].__wrapped__() if hasattr(models.ssd1b, "__wrapped__") else on_meta()
+    assert len(sloth_fx.inspect(model)) == 18
+    patched = sloth_fx.transform(model, [SLOTHFUL, NearSightedTile(tile_size=5)])
+    assert sum(bool(each.operators) for each in sloth_fx.report(patched)) == 9
+    assert all(parameter.device.type == "meta" for parameter in patched.parameters())
+
+
+def on_meta() -> nn.Module:
+    return type(models.shared("ssd1b"))(**models.shared("ssd1b").config)
+
+
+def test_reports_are_plain_data_and_readable():
+    model = models.shared("sdxl")
+    patched = sloth_fx.transform(model, [SLOTHFUL, NearSightedTile(tile_size=5)])
+    report = sloth_fx.report(patched)
+    data = json.loads(json.dumps(report.to_dict()))
+    keys = ["path", "call", "kind", "stage", "depth", "heads", "head_dim", "q_tokens", "kv_tokens", "grid", "text"]
+    assert [list(site) for site in data["sites"]] == [[*keys, "operators", "note"]] * 22
+    for site in data["sites"]:
+        assert site["operators"] or site["note"], site
+        if site["kind"] == "self" and site["stage"] != "middle":
+            tiled = site["depth"] == 1
+            assert site["operators"] == ["SlothfulAttention", "NearSightedTile"][: 1 + tiled]
+    for each in report:
+        assert each.site.path in str(report)
+    graph = sloth_fx.graph(patched, BLIND)
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    assert any("sloth_reduce" in target for target in targets)
+    assert any("sloth_tile" in target for target in targets)
+    assert "SlothfulAttention" not in str(sloth_fx.inspect(model))
+    assert "KeyValueReduction" in repr(patched)
