@@ -39,7 +39,9 @@ def parser(doc: str | None, *, runs: int, sizes: str = "image edges in pixels") 
     options.add_argument(
         "--seconds", type=float, default=float("inf"), help=f"per comparison; {FEWEST_RUNS} runs are made in any case"
     )
-    options.add_argument("--tiny", action="store_true", help="a tiny model: to try the script out, its times mean nothing")
+    options.add_argument(
+        "--tiny", action="store_true", help="tiny models, to try the script out: their times mean nothing"
+    )
     options.add_argument("--markdown", type=Path, metavar="FILE", help="write the table into FILE, between its markers")
     return options
 
@@ -52,11 +54,9 @@ def model_parser(doc: str | None, *, runs: int) -> argparse.ArgumentParser:
     return options
 
 
-def parse(
-    options: argparse.ArgumentParser, *, cpu: Mapping[str, Any], gpu: Mapping[str, Any], given: Sequence[str] | None = None
-) -> argparse.Namespace:
+def parse(options: argparse.ArgumentParser, *, cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> argparse.Namespace:
     """The options as given, the device's defaults where they are not, and torch set up accordingly."""
-    parsed = options.parse_args(given)
+    parsed = options.parse_args()
     on_cpu = parsed.device.type == "cpu"
     common = {"dtype": "float32", "batch": 1, "models": ["sd15"]} if on_cpu else {}
     common = common or {"dtype": "bfloat16", "batch": 2, "models": ["sd15", "sdxl"]}
@@ -112,7 +112,7 @@ def unet(name: str, *, device: torch.device | str, dtype: torch.dtype, tiny: boo
 
     with torch.device(device):
         model = UNet2DConditionModel(**{**CONFIGS[name], **(_TINY[name] if tiny else {})})
-    return model.to(dtype).eval().requires_grad_(False)
+    return nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers' own warns
 
 
 def inputs(model: Any, size: int, options: argparse.Namespace, timestep: int = 600) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def modes(options: argparse.Namespace) -> tuple[str, ...]:
     return ("eager", "compiled") if options.compile else ("eager",)
 
 
-def in_mode(model: nn.Module, mode: str) -> Callable[..., Any]:
+def in_mode(model: Callable[..., Any], mode: str) -> Callable[..., Any]:
     return torch.compile(model, dynamic=False) if mode == "compiled" else model
 
 
@@ -187,6 +187,11 @@ class Timing:
     def ratio(self, name: str, base: str) -> Spread:
         """Time over that of ``base`` in the same lap, which cancels what drifts from lap to lap."""
         return Spread.of(a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True))
+
+    def reached(self, name: str, base: str, best: str) -> float:
+        """The median share of what ``best`` saves over ``base`` that ``name`` saves."""
+        laps = zip(*(self.seconds[each] for each in (base, name, best)), strict=True)
+        return Spread.of((slow - this) / (slow - fast) for slow, this, fast in laps).median
 
 
 def wait(device: torch.device) -> None:
@@ -242,7 +247,8 @@ class Table:
 
     def add(self, *cells: str) -> None:
         self.rows.append(cells)
-        print("; ".join(f"{column} {cell}" for column, cell in zip(self.rows[0], cells, strict=True) if cell), flush=True)
+        named = zip(self.rows[0], cells, strict=True)
+        print("; ".join(f"{column} {cell}" for column, cell in named if cell), flush=True)
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sloth_fx
+
 
 def finish(attn: Any, out: Tensor, residual: Tensor) -> Tensor:
     """What diffusers' processor does behind the attention."""
@@ -38,8 +40,7 @@ class Node:
     """The parameters of a node of 2023-12-16, and the moment."""
 
     latent: tuple[int, int]
-    first_channels: int
-    finest: int  # latent rows per token at the shallowest attention level: 1 (SD1.5) or 2 (SDXL)
+    first_channels: int  # at the shallowest attention
     progress: float = 0.4
     slothful: tuple[float, float] = (6.0, 4.0)  # in, out
     blend: float = 0.0
@@ -49,7 +50,8 @@ class Node:
     tile: tuple[float, float] | None = None  # base, peak
     global_ratio: tuple[float, float] = (0.0, 0.0)
     max_depth: int = 2
-    given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tokens: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # reduced ones, by name of the site
+    given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # the keys and values that they make
 
     @property
     def time_ratio(self) -> float:
@@ -123,7 +125,8 @@ class Naive:
         return finish(attn, self.in_tiles(attn, hidden_states, grid, tiles, stride), residual)
 
     def attend(self, attn: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        query, key, value = heads(attn, attn.to_q(queries)), heads(attn, attn.to_k(keys)), heads(attn, attn.to_v(values))
+        query, key = heads(attn, attn.to_q(queries)), heads(attn, attn.to_k(keys))
+        value = heads(attn, attn.to_v(values))
         return joined(F.scaled_dot_product_attention(query, key, value))
 
     def in_tiles(
@@ -135,7 +138,8 @@ class Naive:
         padded = F.pad(image, (0, 0, 0, tx * tw - columns, 0, ty * th - rows))
         cut = padded.unflatten(2, (tx, tw)).unflatten(1, (ty, th)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
         window = split(stride, (th, tw), "y")
-        far_stride = split(max(1, stride) * ty * tx / node.samples_per_tile, grid, "x" if node.slothful[0] <= 1 else "y")
+        apart = max(1, stride) * ty * tx / node.samples_per_tile
+        far_stride = split(apart, grid, "y" if any(node.slothful) else "x")  # the two nodes differ here
         both = []
         for _ in range(2):  # keys, values
             near = sampled(cut, (th, tw), window, window, node.blend) if stride > 1 else cut
@@ -146,13 +150,12 @@ class Naive:
 
 
 class Recording(Naive):
-    """Also keeps the keys and values of every site where they are fewer than the queries."""
+    """Also keeps, for every site with fewer keys than queries, the reduced tokens and the keys and values they make."""
 
     def attend(self, attn: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if keys.shape[1] < queries.shape[1]:
-            given = heads(attn, attn.to_k(keys)), heads(attn, attn.to_v(values))
-            # as a view of (B, M, heads, D), which is how a projection leaves them
-            self.node.given[self.name] = given
+            self.node.tokens[self.name] = keys, values
+            self.node.given[self.name] = heads(attn, attn.to_k(keys)), heads(attn, attn.to_v(values))
         return super().attend(attn, queries, keys, values)
 
 
@@ -160,15 +163,29 @@ class Given:
     """The ideal: where keys and values are reduced, they are there already. Only queries, attention and output cost."""
 
     def __init__(self, node: Node, name: str) -> None:
-        self.key, self.value = node.given.get(name, (None, None))
+        self.given = node.given.get(name)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
         query = heads(attn, attn.to_q(hidden_states))
-        key = heads(attn, attn.to_k(hidden_states)) if self.key is None else self.key
-        value = heads(attn, attn.to_v(hidden_states)) if self.value is None else self.value
+        key, value = self.key_value(attn, hidden_states)
         return finish(attn, joined(F.scaled_dot_product_attention(query, key, value)), hidden_states)
+
+    def key_value(self, attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.given or (heads(attn, attn.to_k(tokens)), heads(attn, attn.to_v(tokens)))
+
+
+class GivenTokens(Given):
+    """The reduced tokens are there already, as one contiguous tensor for keys and values; their projections cost."""
+
+    def __init__(self, node: Node, name: str) -> None:
+        tokens = node.tokens.get(name)
+        self.tokens = tokens[0].contiguous() if tokens is not None else None
+
+    def key_value(self, attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = tokens if self.tokens is None else self.tokens
+        return heads(attn, attn.to_k(tokens)), heads(attn, attn.to_v(tokens))
 
 
 def with_processors(model: Any, make: Callable[[Node, str], Any], node: Node) -> nn.Module:
@@ -179,3 +196,10 @@ def with_processors(model: Any, make: Callable[[Node, str], Any], node: Node) ->
     }
     model.set_attn_processor(processors)
     return model
+
+
+def first_channels(patched: nn.Module) -> int:
+    """Channels of the shallowest self-attention."""
+    sites = [each.site for each in sloth_fx.report(patched) if each.site.kind == "self"]
+    shallowest = min(sites, key=lambda site: site.depth)
+    return shallowest.heads * shallowest.head_dim

@@ -12,8 +12,25 @@ Target: at most 1.02 times the UNet, at 512 pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
-from common import Table, difference, in_mode, inputs, interleave, model_parser, modes, parse, publish, sharing_copy, unet
+from common import (
+    Table,
+    difference,
+    in_mode,
+    inputs,
+    interleave,
+    model_parser,
+    modes,
+    parse,
+    publish,
+    sharing_copy,
+    unet,
+)
+from torch import nn
 
 import sloth_fx
 
@@ -24,47 +41,48 @@ def neutral() -> sloth_fx.SlothfulAttention:
     return sloth_fx.SlothfulAttention(in_=none, out=none, keep_middle=False)
 
 
+def sides_of(model: nn.Module, example: dict[str, Any], mode: str) -> dict[str, Callable[[], Any]]:
+    patched = sloth_fx.transform(model, neutral(), example_inputs=example)
+    moment, run = sloth_fx.context(patched), in_mode(patched, mode)
+
+    def driven() -> Any:
+        moment.at(0.4)
+        return run(**example)
+
+    def auto() -> Any:
+        moment.auto()
+        return run(**example)
+
+    return {
+        "UNet": partial(in_mode(model, mode), **example),
+        "copy of it": partial(in_mode(sharing_copy(model), mode), **example),
+        "patched, driven": driven,
+        "patched, auto": auto,
+    }
+
+
 def main() -> None:
     options = parse(
         model_parser(__doc__, runs=15),
         cpu={"sizes": [128, 512]},
         gpu={"sizes": [128, 512, 1024]},
     )
-    table = Table("model", "pixels", "mode", "side", "ms (p20 to p80)", "added ms", "times the UNet", "difference", "runs")
+    columns = ("model", "pixels", "mode", "side", "ms (p20 to p80)", "added ms", "times the UNet", "difference", "runs")
+    table = Table(*columns)
     for name in options.models:
         model = unet(name, device=options.device, dtype=options.dtype, tiny=options.tiny)
         for size in options.sizes:
-            arguments = inputs(model, size, options)
+            example = inputs(model, size, options)
             for mode in modes(options):
                 torch.compiler.reset()
-                patched = sloth_fx.transform(model, neutral(), example_inputs=arguments)
-                run = {
-                    "UNet": in_mode(model, mode),
-                    "copy of it": in_mode(sharing_copy(model), mode),
-                    "patched": in_mode(patched, mode),
-                }
-                moment = sloth_fx.context(patched)
-
-                def driven(run=run["patched"], moment=moment, arguments=arguments):  # type: ignore[no-untyped-def]
-                    moment.at(0.4)
-                    return run(**arguments)
-
-                def auto(run=run["patched"], moment=moment, arguments=arguments):  # type: ignore[no-untyped-def]
-                    moment.auto()
-                    return run(**arguments)
-
-                sides = {
-                    "UNet": lambda run=run["UNet"], arguments=arguments: run(**arguments),
-                    "copy of it": lambda run=run["copy of it"], arguments=arguments: run(**arguments),
-                    "patched, driven": driven,
-                    "patched, auto": auto,
-                }
+                sides = sides_of(model, example, mode)
                 timing = interleave(sides, options, what=f"overhead, {name}, {size} pixels, {mode}")
                 for side in sides:
+                    row = [name, str(size), mode, side, timing.ms(side)]
+                    added = f"{1e3 * (timing.median(side) - timing.median('UNet')):.2f}"
                     same = difference(timing.results[side], timing.results["UNet"])
-                    added = 1e3 * (timing.median(side) - timing.median("UNet"))
-                    extra = ("", "", "") if side == "UNet" else (f"{added:.2f}", f"{timing.ratio(side, 'UNet'):.3f}", same)
-                    table.add(name, str(size), mode, side, timing.ms(side), *extra, str(timing.runs))
+                    row += ["", "", ""] if side == "UNet" else [added, f"{timing.ratio(side, 'UNet'):.3f}", same]
+                    table.add(*row, str(timing.runs))
     publish(options, "overhead", table)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from common import (
     slow,
     unet,
 )
-from naive import Given, GivenTokens, Naive, Node, Recording, with_processors
+from naive import Given, GivenTokens, Naive, Node, Recording, first_channels, with_processors
 from torch import nn
 
 import sloth_fx
@@ -81,7 +82,7 @@ def transformed(model: nn.Module, slothful: tuple[float, float], example: dict[s
 
 
 def settings(patched: nn.Module, slothful: tuple[float, float], only_commonest: bool) -> list[Setting]:
-    """The distinct sets of strides of a run, each at a moment in the middle of those where it holds."""
+    """The distinct sets of strides of a run, the commonest first, each at one of the moments where it holds."""
     moment = sloth_fx.context(patched)
     found: dict[Any, list[int]] = {}
     for step in range(STEPS):
@@ -89,24 +90,27 @@ def settings(patched: nn.Module, slothful: tuple[float, float], only_commonest: 
         found.setdefault(moment.layouts(), []).append(step)
     chosen = sorted(found.values(), key=len, reverse=True)[: 1 if only_commonest else None]
     complete = len(chosen) == len(found)
-    return [Setting(slothful, steps[len(steps) // 2] / STEPS, len(steps), complete) for steps in sorted(chosen)]
+    return [Setting(slothful, steps[len(steps) // 2] / STEPS, len(steps), complete) for steps in chosen]
 
 
 def sides_of(
-    setting: Setting, model: nn.Module, patched: nn.Module, run: Callable[..., Any], example: dict[str, Any], mode: str,
+    setting: Setting,
+    model: nn.Module,
+    patched: nn.Module,
+    run: Callable[..., Any],
+    example: dict[str, Any],
+    mode: str,
     tokens: bool,
-) -> dict[str, Callable[[], Any]]:  # fmt: skip
+) -> dict[str, Callable[[], Any]]:
     moment = sloth_fx.context(patched)
 
     def call_patched() -> Any:
         moment.at(setting.progress)
         return run(**example)
 
-    first = min(s.depth for s in (each.site for each in sloth_fx.report(patched)) if s.kind == "self")
-    shallow = next(s.site for s in sloth_fx.report(patched) if s.site.kind == "self" and s.site.depth == first)
     node = Node(
         latent=tuple(example["sample"].shape[-2:]),
-        first_channels=shallow.heads * shallow.head_dim,
+        first_channels=first_channels(patched),
         progress=setting.progress,
         slothful=setting.slothful,
     )
@@ -114,8 +118,7 @@ def sides_of(
     makers = {"naive": Naive, "ideal": Given, **({"tokens": GivenTokens} if tokens else {})}
     found = {"patched": call_patched}
     for name, make in makers.items():
-        other = in_mode(with_processors(sharing_copy(model), make, node), mode)
-        found[name] = lambda other=other: other(**example)
+        found[name] = partial(in_mode(with_processors(sharing_copy(model), make, node), mode), **example)
     return found
 
 
@@ -159,7 +162,8 @@ def averages(timing: Timing, chosen: list[Setting], tokens: bool) -> list[str]:
 def main() -> None:
     options = arguments()
     table = Table(
-        *("model", "pixels", "mode", "in/out at progress", "steps", "unpatched ms", "patched ms", "naive ms", "ideal ms"),
+        *("model", "pixels", "mode", "in/out at progress", "steps"),
+        *("unpatched ms", "patched ms", "naive ms", "ideal ms"),
         *(["tokens ms"] if options.tokens else []),
         *("patched / unpatched", "naive / unpatched", "ideal / patched", "saving reached", "difference", "runs"),
     )
@@ -171,8 +175,7 @@ def main() -> None:
             patched = {each: transformed(model, each, example) for each in strengths}
             for mode in modes(options):
                 torch.compiler.reset()
-                unpatched = in_mode(model, mode)
-                sides: dict[str, Callable[[], Any]] = {"unpatched": lambda run=unpatched, x=example: run(**x)}
+                sides: dict[str, Callable[[], Any]] = {"unpatched": partial(in_mode(model, mode), **example)}
                 chosen = []
                 for strength, each in patched.items():
                     commonest = slow(options, size) or strength != strengths[0]

@@ -1,7 +1,7 @@
 """The UNet of Stable Diffusion XL, compiled without graph breaks, in a few phases warmed up beforehand. Random weights.
 
-Strides are part of a compiled graph. ``phases=4`` rounds the schedule to four sets of them, so there are four graphs;
-``warmup`` makes all four before the run, and the run then compiles nothing more.
+Strides are part of a compiled graph. ``phases=4`` rounds the schedule to at most four sets of them, so to as
+many graphs; ``warmup`` makes them all before the run, and the run then compiles nothing more.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def main() -> None:
     unet = unets.sdxl(tiny=options.tiny)
     if torch.cuda.is_available() and not options.tiny:
         unet = unet.to("cuda", torch.bfloat16)
-    spec = sloth_fx.SlothfulAttention(in_=sloth_fx.Reduction(rate=4.0), out=sloth_fx.Reduction(rate=3.0))
-    patched = sloth_fx.transform(unet, spec, phases=options.phases)
+    patched = sloth_fx.transform(unet, sloth_fx.SlothfulAttention(), phases=options.phases)
     compiled = torch.compile(patched, fullgraph=True, backend="eager" if options.tiny else "inductor")
 
     given = unets.inputs(unet)
     timestep = torch.tensor(999.0, device=unet.device)
     start = time.perf_counter()
+    # Arguments of the form that the run will use: torch compiles again for others.
     sets = sloth_fx.warmup(compiled, {**given, "timestep": timestep})
     print(f"{sets} sets of strides, all compiled in {time.perf_counter() - start:.1f} s")
 
@@ -44,7 +44,7 @@ def main() -> None:
         for i, timestep in enumerate(scheduler.timesteps):
             context.step(i, options.steps)
             noisy = scheduler.scale_model_input(latent, timestep).to(unet.dtype)
-            noise = compiled(noisy, timestep, **given).sample
+            noise = compiled(sample=noisy, timestep=timestep, **given).sample
             latent = scheduler.step(noise, timestep, latent).prev_sample
     print(f"{options.steps} steps in {time.perf_counter() - start:.1f} s, and nothing was compiled again")
 

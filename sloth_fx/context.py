@@ -190,6 +190,7 @@ class TimestepContext:
         if not self._driven and self._clocks:
             timestep = _one_number(self._argument(self._adapter.timestep, args, kwargs))
             self._moment = self._with_sigma(min(max(1 - timestep / _TIMESTEPS, 0.0), 1.0), None, timestep)
+        self._check(self._moment)
         self._apply()
         if compiled:
             self._warn_of_recompiles()
@@ -202,12 +203,11 @@ class TimestepContext:
         self._apply()
 
     def _apply(self) -> None:
-        if self._latent is None:
-            return
+        if self._latent is None or self._lacks_sigma(self._moment):
+            return  # the next call of the model brings the one, and raises for want of the other
         state = (self._moment, self._latent, self._halves)
         changed = state != self._applied
         if changed:
-            self._check(self._moment)
             self._current = self.layouts()
             self._sets.setdefault(self._current, len(self._sets))
             self._applied = state
@@ -223,11 +223,14 @@ class TimestepContext:
         return tuple(plan.layout(moment, self._latent) for plan in self._plans)
 
     def _check(self, moment: Moment) -> None:
-        if "sigma" in self._clocks and moment.sigma is None:
+        if self._lacks_sigma(moment):
             raise SlothError(
                 "a spec here needs sigma, and the noise schedule of this model is not known: give it with "
                 "at(progress, sigma=...) or auto(NoiseSchedule(...))"
             )
+
+    def _lacks_sigma(self, moment: Moment) -> bool:
+        return "sigma" in self._clocks and moment.sigma is None
 
     def _with_sigma(self, progress: float, sigma: float | None, timestep: float | None = None) -> Moment:
         if sigma is None and self._noise is not None:

@@ -7,7 +7,6 @@ TorchDynamo before it is needed: that takes longer than importing torch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,6 @@ def never_compile(function: Callable[..., Any]) -> None:
     skip_code(function.__code__)
 
 
-@functools.cache
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, such that it and all it calls run as plain Python whoever calls it; in a graph that is a break."""
     disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]

@@ -26,10 +26,12 @@ class Patch:
     report: Report
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     pending: Callable[[nn.Module, Patch, Call], None] | None = None
+    prepare: Callable[..., None] = field(init=False)
 
     def install(self, model: nn.Module) -> None:
         """Make ``model`` carry this patch (outside its parameters, buffers and children)."""
         never_compile(Patch.before_forward)
+        self.prepare = outside_graphs(_prepare)
         setattr(model, ATTRIBUTE, self)
         model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
@@ -39,10 +41,10 @@ class Patch:
         if compiled and self.pending is None and self.context.ready(args, kwargs):
             return  # inlined into the graph of a larger function, and nothing to do
         compiled = compiled or callable(get_eval_frame_callback())  # or called between the graphs of a compiled module
-        outside_graphs(_before_forward)(self, model, args, kwargs, compiled)
+        self.prepare(self, model, args, kwargs, compiled)
 
 
-def _before_forward(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
+def _prepare(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
     if patch.pending is not None:
         patch.pending(model, patch, (args, kwargs))
         patch.pending = None

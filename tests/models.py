@@ -1,14 +1,16 @@
 """Tiny models of the real classes, with weights that make attention far from uniform: there, pooling is visible."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 TEXT = 24  # channels of the text
-ATTENTION_GAIN = 3.0  # fresh projections give nearly uniform attention
+SCORES = 3.0  # standard deviation of attention scores; with fresh weights attention is nearly uniform
 
 
 def sd15(**changes: Any) -> UNet2DConditionModel:
@@ -83,6 +85,16 @@ def unconditional(**changes: Any) -> UNet2DModel:
     )
 
 
+def one_level() -> UNet2DConditionModel:
+    """Attention at the first level alone, where a mask for self-attention has one length."""
+    return sd15(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+    )
+
+
 MODELS = {"sd15": sd15, "sdxl": sdxl, "ssd1b": ssd1b, "unconditional": unconditional}
 
 
@@ -131,6 +143,42 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
+def state_of(model: nn.Module) -> list[Any]:
+    """Everything about a model that a transform could leave traces in."""
+    return [
+        *((path, type(module), list(vars(module)), list(module._modules)) for path, module in model.named_modules()),
+        *((len(module._forward_pre_hooks), vars(module).get("forward")) for module in model.modules()),
+        *((name, id(each), each.dtype, each.device, each._version) for name, each in tensors_of(model)),
+    ]
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+class _Untraceable:
+    """A processor that multiplies by a tensor which belongs to no module."""
+
+    def __init__(self) -> None:
+        self.gain = torch.ones(1)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        query, key, value = (
+            project(hidden_states * self.gain).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+BLIND = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+
+
+def blind(model: nn.Module) -> None:
+    """Make one site of an SDXL-like model such that it cannot be captured."""
+    model.get_submodule(BLIND).set_processor(_Untraceable())
+
+
 def _randomised(model: Any) -> Any:
     """The same weights at every call, whatever ran before."""
     random = torch.Generator().manual_seed(0)
@@ -139,8 +187,8 @@ def _randomised(model: Any) -> Any:
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
             noise = torch.randn(parameter.shape, generator=random)
             if parameter.ndim > 1:
-                gain = ATTENTION_GAIN if name.endswith(("to_q.weight", "to_k.weight")) else 1.0
-                parameter.copy_(noise * gain**0.5 * fan_in**-0.5)
+                gain = SCORES**0.5 if name.endswith(("to_q.weight", "to_k.weight")) else 1.0
+                parameter.copy_(noise * gain * fan_in**-0.5)
             else:
                 parameter.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
     return model.eval()

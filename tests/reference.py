@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import models
 import torch
 from torch import Tensor, nn
+
+from tests import models
 
 
 def predict(
@@ -65,7 +66,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Key:
-    """A key token: made of the tokens ``members``, whose first is its sample; seen by one tile, or (``None``) by all."""
+    """A key made of the tokens ``members``, whose first is its sample; seen by one tile, or (``None``) by all."""
 
     members: tuple[int, ...]
     tile: int | None

@@ -3,9 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import models
 import pytest
-import reference
 
 import sloth_fx
 from sloth_fx import (
@@ -17,6 +15,7 @@ from sloth_fx import (
     SlothfulAttention,
     StepDecay,
 )
+from tests import models, reference
 
 BOUND = 1e-5  # of the largest value
 
@@ -79,7 +78,9 @@ POOLING = [
         size=(16, 28),
         batch=3,
     ),
-    slothful("more-than-there-is", {"rate": 50.0, "depth_decay": 0.0}, {"rate": 50.0, "mode": "1d_avg", "k_blend": 1.0}),
+    slothful(
+        "more-than-there-is", {"rate": 50.0, "depth_decay": 0.0}, {"rate": 50.0, "mode": "1d_avg", "k_blend": 1.0}
+    ),
 ]
 
 SCHEDULES = [
@@ -359,7 +360,9 @@ def listed(specs: Any) -> list[Any]:
     return list(specs) if isinstance(specs, list) else [specs]
 
 
-def moment_of(context: sloth_fx.TimestepContext, moment: Any, noise: dict[str, float]) -> tuple[float, float | None, int]:
+def moment_of(
+    context: sloth_fx.TimestepContext, moment: Any, noise: dict[str, float]
+) -> tuple[float, float | None, int]:
     """Drives the context there, or leaves it to the timestep; (progress, sigma, timestep for the call)."""
     if isinstance(moment, tuple):
         context.at(*moment)

@@ -3,12 +3,9 @@
 import copy
 import json
 import threading
-from collections.abc import Iterable
 from typing import Any
 
-import models
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
@@ -16,6 +13,7 @@ from torch import nn
 
 import sloth_fx
 from sloth_fx import NearSightedAttention, NearSightedTile, PeakDecay, Reduction, SlothError, SlothfulAttention
+from tests import models, reference
 
 OFF = Reduction(rate=1.0)
 NEUTRAL = {
@@ -36,19 +34,6 @@ def patched_at(model: nn.Module, specs: Any, progress: float) -> nn.Module:
     patched = sloth_fx.transform(model, specs)
     sloth_fx.context(patched).at(progress)
     return patched
-
-
-def state_of(model: nn.Module) -> list[Any]:
-    """Everything about a model that a transform could leave traces in."""
-    return [
-        (path, type(module), sorted(vars(module)), list(module._modules), len(module._forward_pre_hooks), vars(module).get("forward"))
-        for path, module in model.named_modules()
-    ] + [(name, id(tensor), tensor.dtype, tensor.device, tensor._version) for name, tensor in tensors_of(model)]
-
-
-def tensors_of(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 # Neutral parameters
@@ -156,26 +141,26 @@ def test_sizes_alternate():
 def test_the_original_never_changes():
     model = models.sdxl()
     values = models.inputs(model)
-    before, state = models.run(model, values), state_of(model)
+    before, state = models.run(model, values), models.state_of(model)
     patched = sloth_fx.transform(model, [SLOTHFUL, NearSightedTile(tile_size=5)])
-    assert state_of(model) == state
+    assert models.state_of(model) == state
     for progress in (0.0, 0.4, 1.0):
         sloth_fx.context(patched).at(progress)
         models.run(patched, values)
     models.run(patched.half(), models.cast(values, torch.float16))
     sloth_fx.inspect(model)
-    assert state_of(model) == state
+    assert models.state_of(model) == state
     assert torch.equal(models.run(model, values), before)
 
 
 def test_a_failed_transform_leaves_the_original_as_it_was():
     model = models.sdxl()
-    blind(model)
+    models.blind(model)
     values = models.inputs(model)
-    before, state = models.run(model, values), state_of(model)
+    before, state = models.run(model, values), models.state_of(model)
     with pytest.raises(SlothError, match="cannot be captured"):
         sloth_fx.transform(model, SLOTHFUL)
-    assert state_of(model) == state
+    assert models.state_of(model) == state
     assert torch.equal(models.run(model, values), before)
 
 
@@ -185,7 +170,7 @@ def test_the_clone_is_the_same_model_over_the_same_memory():
     assert type(patched) is type(model)
     assert patched.config == model.config
     assert list(patched.state_dict()) == list(model.state_dict())
-    for (name, mine), (other, theirs) in zip(tensors_of(model), tensors_of(patched), strict=True):
+    for (name, mine), (other, theirs) in zip(models.tensors_of(model), models.tensors_of(patched), strict=True):
         assert (name, mine.data_ptr()) == (other, theirs.data_ptr())
         assert mine is not theirs
     with torch.no_grad():
@@ -202,7 +187,7 @@ def test_moving_or_casting_the_clone_leaves_the_original():
     sloth_fx.transform(model, NEAR).to(torch.bfloat16)
     sloth_fx.transform(model, NEAR).to("meta")
     sloth_fx.transform(model, NEAR).requires_grad_(False)
-    for _, tensor in tensors_of(model):
+    for _, tensor in models.tensors_of(model):
         assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(models.run(model, values), before)
@@ -457,52 +442,34 @@ def test_attention_of_ones_own():
 # Sites that cannot be rewritten
 
 
-class Untraceable:
-    """A processor that multiplies by a tensor which belongs to no module."""
-
-    def __init__(self) -> None:
-        self.gain = torch.ones(1)
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        query, key, value = (
-            project(hidden_states * self.gain).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-BLIND = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
-
-
-def blind(model: nn.Module) -> None:
-    model.get_submodule(BLIND).set_processor(Untraceable())
-
-
 def test_strict_false_leaves_what_cannot_be_rewritten_and_says_so():
     model = models.sdxl()
-    blind(model)
+    models.blind(model)
     patched = sloth_fx.transform(model, NEAR, strict=False)
     sloth_fx.context(patched).at(0.4)
     sites = {each.site.path: each for each in sloth_fx.report(patched)}
-    assert sites[BLIND].operators == ()
-    assert "cannot be captured" in sites[BLIND].note
+    assert sites[models.BLIND].operators == ()
+    assert "cannot be captured" in sites[models.BLIND].note
     assert sum(bool(each.operators) for each in sites.values()) == 10  # of 11
 
     values = models.inputs(model)
     healthy = patched_at(
-        models.shared("sdxl"), NearSightedAttention(**{**vars(NEAR), "where": lambda site: site.path != BLIND}), 0.4
+        models.shared("sdxl"),
+        NearSightedAttention(**{**vars(NEAR), "where": lambda site: site.path != models.BLIND}),
+        0.4,
     )
     assert torch.equal(models.run(patched, values), models.run(healthy, values))
 
 
-def test_a_call_unlike_the_captured_one_is_captured_or_refused():
-    """A mask for self-attention, which no operator takes into account, is not dropped in silence."""
-    model = models.shared("sd15")
+def test_a_mask_that_comes_later_is_not_dropped_in_silence():
+    model = models.one_level()
     patched = patched_at(model, NEAR, 0.4)
-    values = models.inputs(model, 2, 16, 16)
+    values = models.inputs(model, 2, 13, 21)
     expected = models.run(patched, values)
+    masked = {**values, "attention_mask": torch.ones(2, 273)}
+    models.run(model, masked)
     with pytest.raises(SlothError, match="masked"):
-        models.run(patched, {**values, "attention_mask": torch.ones(2, 256)})
+        models.run(patched, masked)
     assert torch.equal(models.run(patched, values), expected)
 
 
@@ -510,16 +477,13 @@ def test_a_call_unlike_the_captured_one_is_captured_or_refused():
 
 
 def test_weights_on_meta_are_enough():
+    known = models.shared("ssd1b")
     with torch.device("meta"):
-        model = models.MODELS["ssd1b"].__wrapped__() if hasattr(models.ssd1b, "__wrapped__") else on_meta()
+        model = type(known)(**known.config)
     assert len(sloth_fx.inspect(model)) == 18
     patched = sloth_fx.transform(model, [SLOTHFUL, NearSightedTile(tile_size=5)])
     assert sum(bool(each.operators) for each in sloth_fx.report(patched)) == 9
     assert all(parameter.device.type == "meta" for parameter in patched.parameters())
-
-
-def on_meta() -> nn.Module:
-    return type(models.shared("ssd1b"))(**models.shared("ssd1b").config)
 
 
 def test_reports_are_plain_data_and_readable():
@@ -536,7 +500,7 @@ def test_reports_are_plain_data_and_readable():
             assert site["operators"] == ["SlothfulAttention", "NearSightedTile"][: 1 + tiled]
     for each in report:
         assert each.site.path in str(report)
-    graph = sloth_fx.graph(patched, BLIND)
+    graph = sloth_fx.graph(patched, models.BLIND)
     targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     assert any("sloth_reduce" in target for target in targets)
     assert any("sloth_tile" in target for target in targets)

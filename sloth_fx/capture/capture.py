@@ -38,8 +38,8 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
     Raises :class:`SlothError` with the reason when the forward cannot be captured.
     """
     try:
-        recorder, any_type = _record(skeleton, owner, call)
-        again = _record(skeleton, owner, other)[0] if other is not None else None
+        recorder = _record(skeleton, owner, call)
+        again = _record(skeleton, owner, other) if other is not None else None
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise SlothError(
@@ -52,36 +52,22 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
         graph=recorder.graph,
         pattern=pattern,
         any_size=again is not None and _code(recorder.graph) == _code(again.graph),
-        any_type=any_type and not any(_reads_type(node) for node in recorder.decisions),
+        any_type=not recorder.type_steered,
     )
 
 
-def _record(skeleton: Skeleton, owner: nn.Module, call: Call) -> tuple[Recorder, bool]:
+def _record(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder:
     recorder = Recorder(skeleton, owner)
     try:
         recorder.record(*call)
     except (TypeError, AttributeError):  # a proxy where only a real dtype or device will do
         recorder = Recorder(skeleton, owner, follow_types=False)
         recorder.record(*call)
-        return recorder, False
-    return recorder, True
+    return recorder
 
 
 def _code(graph: fx.Graph) -> str:
     return graph.python_code("self").src
-
-
-def _reads_type(node: fx.Node) -> bool:
-    """Whether the value of ``node``, which steered Python, follows from a dtype or device."""
-    waiting, seen = [node], {node}
-    while waiting:
-        current = waiting.pop()
-        if current.target is getattr and current.args[1] in ("dtype", "device"):
-            return True
-        unseen = [parent for parent in current.all_input_nodes if parent not in seen]
-        seen.update(unseen)
-        waiting.extend(unseen)
-    return False
 
 
 def fingerprint(value: Any, depth: int = 4) -> Hashable:

@@ -63,8 +63,7 @@ class HintProxy(fx.Proxy):
         return super().__getattr__(name)
 
     def _decide(self, value: Any) -> Any:
-        """``value`` is about to steer Python: remember on what the capture depends."""
-        self.tracer.decisions.append(self.node)
+        self.tracer.decide(self.node)
         return value
 
     def __bool__(self) -> bool:

@@ -30,9 +30,9 @@ _FACTORIES = frozenset(
 class Recorder(fx.Tracer):
     """Builds the graph of ``owner.forward(*args, **kwargs)`` for fake ``args`` and ``kwargs`` of ``skeleton``.
 
-    After :meth:`record`, ``decisions`` holds the nodes whose values steered Python (a branch, a loop, a constant).
     With ``follow_types`` the dtypes and devices that the code reads are nodes; without, they are constants, for code
-    that hands them to functions like ``torch.empty``, which accept no proxy there.
+    that hands them to functions like ``torch.finfo``, which accept no proxy. After :meth:`record`, ``type_steered``
+    tells whether a branch or a number was taken from one of them.
     """
 
     def __init__(self, skeleton: Skeleton, owner: nn.Module, *, follow_types: bool = True) -> None:
@@ -40,7 +40,7 @@ class Recorder(fx.Tracer):
         self.follow_types = follow_types
         self.owner = owner
         self.mode = skeleton.mode
-        self.decisions: list[fx.Node] = []
+        self.type_steered = not follow_types
         self.graph = fx.Graph(tracer_cls=Recorder)
         self.root, self.attributes = self._stand_in(owner)
 
@@ -73,6 +73,10 @@ class Recorder(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
 
         return forward
+
+    def decide(self, node: fx.Node) -> None:
+        """The value of ``node`` is about to steer Python: it becomes part of the capture."""
+        self.type_steered = self.type_steered or _reads_type(node)
 
     def proxy(self, node: fx.Node) -> Any:
         return HintInt(node, self) if type(node.meta["hint"]) is int else HintProxy(node, self)
@@ -138,7 +142,20 @@ class _Recording(TorchFunctionMode):
         attribute = self.recorder.attribute(args[0])
         if func.__name__ == "__get__":  # parameter.dtype, .shape, .device, .ndim
             return getattr(attribute, func.__self__.__name__)
-        return func(attribute, *args[1:], **kwargs)
+        return HintProxy.__torch_function__(func, types, (attribute, *args[1:]), kwargs)
+
+
+def _reads_type(node: fx.Node) -> bool:
+    """Whether the value of ``node``, which steered Python, follows from a dtype or device."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        if current.target is getattr and current.args[1] in ("dtype", "device"):
+            return True
+        unseen = [parent for parent in current.all_input_nodes if parent not in seen]
+        seen.update(unseen)
+        waiting.extend(unseen)
+    return False
 
 
 def has_effect(node: fx.Node) -> bool:

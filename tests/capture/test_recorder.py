@@ -1,0 +1,176 @@
+"""Captured graphs: the idioms that symbolic tracing stumbles over, at sizes and types other than those captured."""
+
+import einops
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sloth_fx import SlothError
+from sloth_fx.capture import Skeleton, capture
+from sloth_fx.rewrite import generate
+
+
+def captured(module, *shapes, other=None, **kwargs):
+    """The capture of ``module`` for tensors of these shapes, and its function."""
+    skeleton = Skeleton(module)
+    call = skeleton.fake_inputs((tuple(map(torch.empty, shapes)), kwargs))
+    again = skeleton.fake_inputs((tuple(map(torch.empty, other)), kwargs)) if other else None
+    result = capture(skeleton, skeleton.model, call, again)
+    return result, generate(result.graph, "test")
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("offset", torch.randn(6))
+
+
+class ShapeUnpacking(Base):
+    def forward(self, x):
+        batch, tokens, channels = x.shape
+        if x.ndim == 3 and channels % 2 == 0:
+            x = self.linear(x).view(batch, tokens, 2, channels // 2)
+        return x.transpose(1, 2).reshape(batch * 2, -1, channels // 2)
+
+
+class TracedSizes(Base):
+    def forward(self, x):
+        scores = torch.empty(x.shape[0], x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+        return torch.baddbmm(scores, x, x.transpose(-1, -2), beta=0, alpha=0.5)
+
+
+class InPlace(Base):
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for i in range(2):
+            out[:, i::2] = self.linear(x[:, i::2])
+        out += self.offset
+        return out
+
+
+class Einops(Base):
+    def forward(self, x):
+        x = einops.rearrange(self.linear(x), "b n (h d) -> b h n d", h=2)
+        return einops.rearrange(x, "b h n d -> b n (h d)") * x.shape[-1] ** -0.5
+
+
+class OwnParameters(Base):
+    def forward(self, x):
+        weight = self.linear.weight.t() * 2
+        return torch.matmul(x.to(self.linear.weight.dtype), weight) + self.offset.view(1, 1, -1)
+
+
+class Arange(Base):
+    def forward(self, x):
+        return x + torch.arange(x.shape[1], device=x.device).to(x.dtype)[None, :, None]
+
+
+@pytest.mark.parametrize("kind", [ShapeUnpacking, TracedSizes, InPlace, Einops, OwnParameters, Arange])
+def test_one_capture_serves_every_size(kind):
+    module = kind()
+    result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
+    assert result.any_size
+    for shape in ((2, 4, 6), (1, 7, 6), (5, 12, 6)):
+        x = torch.randn(shape)
+        assert torch.equal(function(module, x), module(x))
+
+
+@pytest.mark.parametrize("kind", [ShapeUnpacking, TracedSizes, InPlace, Einops, OwnParameters, Arange])
+def test_capture_follows_types(kind):
+    module = kind()
+    result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
+    assert result.any_type
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    assert torch.equal(function(module.double(), x), module.double()(x))
+
+
+class LargestNumber(Base):
+    def forward(self, x):
+        return x.clamp(max=torch.finfo(x.dtype).max)
+
+
+def test_types_that_cannot_be_followed_are_noticed():
+    module = LargestNumber()
+    result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
+    assert result.any_size
+    assert not result.any_type
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(function(module, x), module(x))
+
+
+class BranchOnType(Base):
+    def forward(self, x):
+        return x.float() if x.dtype == torch.float16 else self.linear(x)
+
+
+def test_branch_on_type_is_noticed():
+    assert not captured(BranchOnType(), (2, 4, 6), other=[(3, 10, 6)])[0].any_type
+
+
+class BakedSize(Base):
+    def forward(self, x):
+        return F.pad(self.linear(x), (0, 0, 0, 10 - int(x.shape[1])))
+
+
+def test_baked_size_is_noticed():
+    module = BakedSize()
+    result, function = captured(module, (2, 4, 6), other=[(2, 5, 6)])
+    assert not result.any_size
+    x = torch.randn(2, 4, 6)
+    assert torch.equal(function(module, x), module(x))
+
+
+def test_children_stay_leaves_and_can_be_replaced():
+    module = ShapeUnpacking()
+    result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
+    assert [node.target for node in result.graph.nodes if node.op == "call_module"] == ["linear"]
+    module.linear = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6))
+    x = torch.randn(3, 7, 6)
+    assert torch.equal(function(module, x), module(x))
+
+
+class Nested(Base):
+    def forward(self, x, extra=None, *, scale=1.0, flag=False):
+        if extra is not None:
+            x = x + extra["bias"] * extra["more"][0]
+        return {"sum": self.linear(x) * scale, "pair": (x, -x if flag else x)}
+
+
+def test_tensors_in_containers_become_placeholders():
+    module = Nested()
+    skeleton = Skeleton(module)
+    extra = {"bias": torch.randn(6), "more": [torch.randn(2, 4, 6)], "name": "text"}
+    call = skeleton.fake_inputs(((torch.empty(2, 4, 6), extra), {"scale": 0.5, "flag": True}))
+    graph = capture(skeleton, skeleton.model, call, None).graph
+    names = [node.target for node in graph.nodes if node.op == "placeholder"]
+    assert names == ["x", "extra_bias", "extra_more_0"]
+    x = torch.randn(2, 4, 6)
+    got = generate(graph, "test")(module, x, extra["bias"], extra["more"][0])
+    expected = module(x, extra, scale=0.5, flag=True)
+    assert torch.equal(got["sum"], expected["sum"])
+    assert torch.equal(got["pair"][1], expected["pair"][1])
+
+
+class DataDependent(Base):
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else x
+
+
+def test_what_depends_on_data_cannot_be_captured():
+    with pytest.raises(SlothError, match="DataDependent cannot be captured"):
+        captured(DataDependent(), (2, 4, 6))
+
+
+def test_skeleton_leaves_the_model_alone_and_holds_no_data():
+    module = Base()
+    called = []
+    module.register_forward_hook(lambda *_: called.append(1))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    skeleton = Skeleton(module)
+    assert not skeleton.model._forward_hooks
+    assert len(module._forward_hooks) == 1
+    assert type(skeleton.model.linear.weight.data) is not torch.Tensor
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert not called
