@@ -95,11 +95,11 @@ def keys_over_steps(path: Path, sites: list[AttentionSite], kept: np.ndarray, wo
 def tile_view(path: Path, site: AttentionSite, panels: list[Tile]) -> None:
     """For each panel: the grid of a site, its tiles, and what the queries of one of them see."""
     with plt.rc_context(STYLE):
-        size = (6.4 * len(panels), 8.8)
+        size = (6.4 * len(panels), 8.6)
         figure, rows = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         height, width = panels[0].layout.grid
-        figure.get_layout_engine().set(rect=(0, 0, 1, 0.9))
+        figure.get_layout_engine().set(rect=(0, 0, 1, 0.93))
         title = f"Near-sighted Attention: where the queries of one tile look ({height}x{width} tokens)"
         figure.suptitle(title, fontsize=18, fontweight="bold", y=0.98)
         for axes, panel in zip(rows[0], panels, strict=True):

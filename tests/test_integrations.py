@@ -234,19 +234,34 @@ def test_hooks_of_a_whole_model_are_kept_and_can_be_removed():
     assert torch.equal(models.run(model, values), models.run(models.shared("sdxl"), values))
 
 
-def test_removing_offload_from_a_patched_model_leaves_it_patched():
+class Doubled(accelerate.hooks.ModelHook):
+    """A hook that changes what a module gives."""
+
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_on_the_attention_itself_are_kept_and_can_be_removed(when):
     model = models.sdxl()
     values = models.inputs(model)
-    expected = sloth_fx.transform(model, SLOTHFUL)
-    sloth_fx.context(expected).at(0.4)
-    expected = models.run(expected, values)
-    offloaded = accelerate.cpu_offload(models.sdxl(), execution_device=torch.device("cpu"))
-    for patched in (sloth_fx.transform(offloaded, SLOTHFUL), sloth_fx.transform(model, SLOTHFUL)):
-        if patched.device.type == "cpu":
-            accelerate.cpu_offload(patched, execution_device=torch.device("cpu"))
-        accelerate.hooks.remove_hook_from_module(patched, recurse=True)
-        sloth_fx.context(patched).at(0.4)
-        assert torch.equal(models.run(patched, values), expected)
+    patched = sloth_fx.transform(model, SLOTHFUL)
+    sloth_fx.context(patched).at(0.4)
+    plain = models.run(patched, values)
+    for block in patched.down_blocks[1].attentions[0].transformer_blocks:
+        block.attn1.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = models.run(patched, values)
+    assert not torch.allclose(expected, plain, atol=0.01)
+
+    hooked = model if when == "before" else sloth_fx.transform(model, SLOTHFUL)
+    for block in hooked.down_blocks[1].attentions[0].transformer_blocks:
+        accelerate.hooks.add_hook_to_module(block.attn1, Doubled())
+    if when == "before":
+        hooked = sloth_fx.transform(hooked, SLOTHFUL)
+    sloth_fx.context(hooked).at(0.4)
+    assert torch.equal(models.run(hooked, values), expected)
+    accelerate.hooks.remove_hook_from_module(hooked, recurse=True)
+    assert torch.equal(models.run(hooked, values), plain)
 
 
 # diffusers

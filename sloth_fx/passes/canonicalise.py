@@ -11,6 +11,7 @@ bit for bit what it was, and operators can call that function on other tensors.
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import fx
 from sloth_fx.capture.recorder import has_effect
 
 _SOFTMAX = (torch.softmax, F.softmax, "softmax")
-_PRODUCTS = (torch.matmul, torch.bmm, torch.baddbmm, "matmul", "bmm", "baddbmm", "__matmul__")
+_PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, torch.baddbmm, "matmul", "bmm", "baddbmm", "__matmul__")
 _TRANSPOSED = ((-1, -2), (-2, -1))
 _numbers = itertools.count()
 

@@ -16,6 +16,7 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
+from sloth_fx.capture.recorder import has_effect
 from sloth_fx.operators import KeyLayout, Pooling, reduce_tokens
 from sloth_fx.passes.core import AttentionCore, first_input
 
@@ -26,8 +27,8 @@ _PER_TOKEN = ("LayerNorm", "RMSNorm", "Identity", "Dropout")
 class KeyValueReduction(nn.Module):
     """Reduces the tokens that become keys and values to those that ``layout`` leaves.
 
-    Takes the input of both projections (B, N, C), or that of each; or keys and values (B, H, N, D) or (B*H, N, D).
-    Returns the reduced pair, which is one tensor where both are reduced alike.
+    Takes what both projections take (B, N, C), or keys or values (B, H, N, D) or (B*H, N, D). Returns what becomes of
+    it as keys and as values; that is one tensor where both are reduced alike.
     """
 
     def __init__(self, pooling: Pooling, layout: KeyLayout) -> None:
@@ -38,55 +39,51 @@ class KeyValueReduction(nn.Module):
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
 
-    def forward(self, keys: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         layout = self.layout
         if layout.window == (1, 1):  # nothing to pool; cutting tiles out is then left to the tiled attention
-            return keys, keys if values is None else values
-        if values is None:
-            return reduce_tokens(keys, layout, self.pooling)
-        return _reduced(keys, layout, self.pooling)[0], _reduced(values, layout, self.pooling)[1]
+            return tokens, tokens
+        if tokens.ndim == 3:
+            return reduce_tokens(tokens, layout, self.pooling)
+        heads = tokens.shape[1]
+        keys, values = reduce_tokens(tokens.transpose(1, 2).flatten(2), layout, self.pooling)
+        return _with_heads(keys, heads), _with_heads(values, heads)
 
     def extra_repr(self) -> str:
         return f"{self.pooling}, {self.layout}"
 
 
-def _reduced(tokens: Tensor, layout: KeyLayout, pooling: Pooling) -> tuple[Tensor, Tensor]:
-    if tokens.ndim == 3:
-        return reduce_tokens(tokens, layout, pooling)
-    heads = tokens.shape[1]
-    keys, values = reduce_tokens(tokens.transpose(1, 2).flatten(2), layout, pooling)
-    return (
-        torch.unflatten(keys, 2, (heads, -1)).transpose(1, 2),
-        torch.unflatten(values, 2, (heads, -1)).transpose(1, 2),
-    )
+def _with_heads(tokens: Tensor, heads: int) -> Tensor:
+    return torch.unflatten(tokens, 2, (heads, -1)).transpose(1, 2)
 
 
 def reduce_kv(graph: fx.Graph, core: AttentionCore, name: str, owner: nn.Module, *, hoist: bool = True) -> str:
-    """Insert a call of ``self.<name>``, a :class:`KeyValueReduction`, and return where it went.
+    """Insert calls of ``self.<name>``, a :class:`KeyValueReduction`, and return where they went.
 
-    ``hoist=False`` keeps it at the attention core.
+    ``hoist=False`` keeps them at the attention core.
     """
     to_key, to_value = (_projection(node, owner) for node in (core.key, core.value)) if hoist else (None, None)
     if to_key is None or to_value is None or to_key is to_value:
-        with graph.inserting_before(core.node):
-            _replace_key_value(core, *_reduced_pair(graph, name, (core.key, core.value)))
+        key, value = (_reduced(graph, name, node, core.node)[index] for index, node in enumerate((core.key, core.value)))
+        _replace_key_value(core, key, value)
         place = "at the attention's keys and values"
     else:
         key_input, value_input = to_key.all_input_nodes[0], to_value.all_input_nodes[0]
-        inputs = (key_input,) if key_input is value_input else (key_input, value_input)
-        with graph.inserting_before(min(to_key, to_value)):
-            key, value = _reduced_pair(graph, name, inputs)
+        key, value = _reduced(graph, name, key_input, min(to_key, to_value) if key_input is value_input else to_key)
+        if value_input is not key_input:
+            value = _reduced(graph, name, value_input, to_value)[1]
         to_key.replace_input_with(key_input, key)
         to_value.replace_input_with(value_input, value)
         place = f"above {to_key.target}, {to_value.target}"
+    graph.eliminate_dead_code(has_effect)
     graph.lint()
     return place
 
 
-def _reduced_pair(graph: fx.Graph, name: str, inputs: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node]:
-    reduced = graph.call_module(name, inputs)
-    key, value = (graph.call_function(operator.getitem, (reduced, index)) for index in (0, 1))
-    return key, value
+def _reduced(graph: fx.Graph, name: str, tokens: fx.Node, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+    with graph.inserting_before(before):
+        reduced = graph.call_module(name, (tokens,))
+        return graph.call_function(operator.getitem, (reduced, 0)), graph.call_function(operator.getitem, (reduced, 1))
 
 
 def _replace_key_value(core: AttentionCore, key: fx.Node, value: fx.Node) -> None:
