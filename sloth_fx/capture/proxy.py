@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
-
-if TYPE_CHECKING:
-    from sloth_fx.capture.recorder import Recorder
 
 # What a tensor is rather than what it holds: the same for every call that follows the same path through the code.
 _CONCRETE = frozenset(
@@ -28,10 +25,26 @@ _CONCRETE = frozenset(
 _RECORDED = frozenset({"shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "data", "itemsize", "nbytes"})
 
 
+class HintTracer(fx.Tracer):
+    """A tracer whose nodes have hints. ``type_steered``: a dtype or device has decided a branch or a number."""
+
+    def __init__(self, *, follow_types: bool) -> None:
+        super().__init__()
+        self.follow_types = follow_types
+        self.type_steered = not follow_types
+
+    def decide(self, node: fx.Node) -> None:
+        """The value of ``node`` is about to steer Python: it becomes part of the capture."""
+        self.type_steered = self.type_steered or _reads_type(node)
+
+    def proxy(self, node: fx.Node) -> Any:
+        return HintInt(node, self) if type(node.meta["hint"]) is int else HintProxy(node, self)
+
+
 class HintProxy(fx.Proxy):
     """Stands for the value of ``node``, whose hint lies in ``node.meta["hint"]``."""
 
-    tracer: Recorder
+    tracer: HintTracer
 
     @property
     def hint(self) -> Any:
@@ -99,9 +112,9 @@ class HintInt(int):
     """
 
     node: fx.Node
-    tracer: Recorder
+    tracer: HintTracer
 
-    def __new__(cls, node: fx.Node, tracer: Recorder) -> HintInt:
+    def __new__(cls, node: fx.Node, tracer: HintTracer) -> HintInt:
         self = int.__new__(cls, node.meta["hint"])
         self.node, self.tracer = node, tracer
         return self
@@ -127,3 +140,16 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
 def is_proxy(value: object) -> bool:
     """Whether ``value`` really is a proxy, whatever it answers to ``isinstance``."""
     return issubclass(type(value), (HintProxy, HintInt))
+
+
+def _reads_type(node: fx.Node) -> bool:
+    """Whether the value of ``node``, which steered Python, follows from a dtype or device."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        if current.target is getattr and current.args[1] in ("dtype", "device"):
+            return True
+        unseen = [parent for parent in current.all_input_nodes if parent not in seen]
+        seen.update(unseen)
+        waiting.extend(unseen)
+    return False

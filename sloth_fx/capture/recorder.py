@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sloth_fx.capture.call import labelled_tensors
-from sloth_fx.capture.proxy import HintInt, HintProxy, is_proxy
+from sloth_fx.capture.proxy import HintProxy, HintTracer, is_proxy
 from sloth_fx.capture.skeleton import Skeleton
 
 # Functions that make a tensor from sizes: the sizes may be traced, and the result is never a constant of the model.
@@ -27,7 +27,7 @@ _FACTORIES = frozenset(
 )
 
 
-class Recorder(fx.Tracer):
+class Recorder(HintTracer):
     """Builds the graph of ``owner.forward(*args, **kwargs)`` for fake ``args`` and ``kwargs`` of ``skeleton``.
 
     With ``follow_types`` the dtypes and devices that the code reads are nodes; without, they are constants, for code
@@ -36,11 +36,9 @@ class Recorder(fx.Tracer):
     """
 
     def __init__(self, skeleton: Skeleton, owner: nn.Module, *, follow_types: bool = True) -> None:
-        super().__init__()
-        self.follow_types = follow_types
+        super().__init__(follow_types=follow_types)
         self.owner = owner
         self.mode = skeleton.mode
-        self.type_steered = not follow_types
         self.graph = fx.Graph(tracer_cls=Recorder)
         self.root, self.attributes = self._stand_in(owner)
 
@@ -73,13 +71,6 @@ class Recorder(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
 
         return forward
-
-    def decide(self, node: fx.Node) -> None:
-        """The value of ``node`` is about to steer Python: it becomes part of the capture."""
-        self.type_steered = self.type_steered or _reads_type(node)
-
-    def proxy(self, node: fx.Node) -> Any:
-        return HintInt(node, self) if type(node.meta["hint"]) is int else HintProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if is_proxy(a):  # it answers isinstance(a, torch.Tensor), so ask this first
@@ -143,19 +134,6 @@ class _Recording(TorchFunctionMode):
         if func.__name__ == "__get__":  # parameter.dtype, .shape, .device, .ndim
             return getattr(attribute, func.__self__.__name__)
         return HintProxy.__torch_function__(func, types, (attribute, *args[1:]), kwargs)
-
-
-def _reads_type(node: fx.Node) -> bool:
-    """Whether the value of ``node``, which steered Python, follows from a dtype or device."""
-    waiting, seen = [node], {node}
-    while waiting:
-        current = waiting.pop()
-        if current.target is getattr and current.args[1] in ("dtype", "device"):
-            return True
-        unseen = [parent for parent in current.all_input_nodes if parent not in seen]
-        seen.update(unseen)
-        waiting.extend(unseen)
-    return False
 
 
 def has_effect(node: fx.Node) -> bool:

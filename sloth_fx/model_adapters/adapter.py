@@ -1,4 +1,4 @@
-"""The adapter of a model, and how one is found: by class name, so that no host library is imported."""
+"""What an adapter holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn
 from sloth_fx.schedule import NoiseSchedule
 
 Inputs = dict[str, Any]
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +35,6 @@ class ModelAdapter:
         if name is None or name in kwargs:
             return kwargs.get(name) if name is not None else None
         return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)).get(name)
-
-
-def adapter_for(model: nn.Module) -> ModelAdapter:
-    """The adapter registered for the class of ``model`` or a base of it; else one read off its ``forward``."""
-    from sloth_fx.model_adapters.unet import ADAPTERS
-
-    for base in type(model).__mro__:
-        if base.__name__ in ADAPTERS:
-            return ADAPTERS[base.__name__]
-    names = list(inspect.signature(model.forward).parameters)
-    return ModelAdapter(
-        latent=names[0] if names else None,
-        timestep=next((name for name in _TIMESTEP_NAMES if name in names), None),
-    )
 
 
 def latent_size(latent: Any) -> tuple[int, int] | None:
