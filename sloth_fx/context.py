@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from sloth_fx.errors import SlothError
-from sloth_fx.model_adapters import ModelAdapter, latent_size
+from sloth_fx.model_adapters import Arguments, ModelAdapter, latent_size
 from sloth_fx.operators import KeyLayout
 from sloth_fx.plan import SitePlan
 from sloth_fx.schedule import Moment, NoiseSchedule
@@ -40,9 +39,7 @@ class TimestepContext:
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter, phases: int | None) -> None:
-        parameters = list(inspect.signature(model.forward).parameters)
-        self._position = {name: index for index, name in enumerate(parameters)}
-        self._adapter = adapter
+        self._arguments = Arguments(model, adapter)
         self._noise = adapter.noise
         self._phases = phases
         self._plans: list[SitePlan] = []
@@ -178,17 +175,17 @@ class TimestepContext:
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the operators are set for a call with these arguments; it can be asked within a graph."""
-        latent = latent_size(self._argument(self._adapter.latent, args, kwargs))
+        latent = latent_size(self._arguments.latent(args, kwargs))
         return latent is not None and latent == self._latent and (self._driven or not self._clocks)
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool) -> None:
         """Before each call of the model: read the latent's size and, unless driven, the timestep."""
-        latent = latent_size(self._argument(self._adapter.latent, args, kwargs))
+        latent = latent_size(self._arguments.latent(args, kwargs))
         if latent is None:
-            raise SlothError(f"the latent's size cannot be read: {self._adapter.latent!r} is no (B, C, H, W) tensor")
+            raise SlothError("this call has no latent: no argument is a tensor (B, C, ..., H, W)")
         self._latent = latent
         if not self._driven and self._clocks:
-            timestep = _one_number(self._argument(self._adapter.timestep, args, kwargs))
+            timestep = _one_number(self._arguments.timestep(args, kwargs))
             self._moment = self._with_sigma(min(max(1 - timestep / _TIMESTEPS, 0.0), 1.0), None, timestep)
         self._check(self._moment)
         self._apply()
@@ -251,12 +248,6 @@ class TimestepContext:
         assert self._phases is not None
         middle = (phase + 0.5) / self._phases
         return Moment(middle, math.exp(5 * (1 - middle) - 2.2)) if "sigma" in self._clocks else Moment(middle)
-
-    def _argument(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name is None or name in kwargs:
-            return kwargs.get(name) if name is not None else None
-        index = self._position.get(name, len(args))
-        return args[index] if index < len(args) else None
 
     def _warn_of_recompiles(self) -> None:
         """torch stops compiling in silence after ``recompile_limit`` graphs of one function."""

@@ -15,7 +15,7 @@ from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.locate.probe import Probe
 from sloth_fx.locate.sites import locate
-from sloth_fx.model_adapters import ModelAdapter, latent_size
+from sloth_fx.model_adapters import Arguments, ModelAdapter, latent_size
 from sloth_fx.site import AttentionSite
 
 
@@ -44,7 +44,7 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     skeleton = Skeleton(model)
     args, kwargs = skeleton.fake_inputs(call)
     probe = Probe(skeleton, args, kwargs)
-    latent = _latent((args, kwargs), adapter, skeleton.model)
+    latent = Arguments(model, adapter).latent(args, kwargs)
     size = latent_size(latent)
     sites = locate(probe, size)
     calls = _first_calls(probe)
@@ -67,10 +67,6 @@ def as_call(example_inputs: Any) -> Call:
         f"example_inputs is a {type(example_inputs).__name__}: give a dict of keyword arguments or a tuple of "
         "positional ones, as for a call of the model"
     )
-
-
-def _latent(call: Call, adapter: ModelAdapter, model: nn.Module) -> Any:
-    return adapter.argument(model, adapter.latent, *call)
 
 
 def _first_calls(probe: Probe | None) -> dict[str, Call]:

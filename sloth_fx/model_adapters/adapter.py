@@ -19,7 +19,8 @@ Inputs = dict[str, Any]
 class ModelAdapter:
     """Data about one family of models.
 
-    ``latent`` and ``timestep`` name parameters of ``forward`` (``None``: unknown). ``noise`` is the schedule the model
+    ``latent`` and ``timestep`` name parameters of ``forward`` (``None``: the latent is the first argument with four or
+    more dimensions; there is no timestep to follow). ``noise`` is the schedule the model
     was trained with, which turns its timesteps into sigmas (``None``: unknown, so the caller has to give sigma).
     ``inputs(model)`` makes arguments for a trial run, of which only shapes and dtypes matter.
     """
@@ -29,12 +30,29 @@ class ModelAdapter:
     noise: NoiseSchedule | None = None
     inputs: Callable[[nn.Module], Inputs] | None = None
 
-    @staticmethod
-    def argument(model: nn.Module, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of ``model`` gives its parameter ``name``; ``None`` where it gives nothing."""
-        if name is None or name in kwargs:
-            return kwargs.get(name) if name is not None else None
-        return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)).get(name)
+class Arguments:
+    """Reads the latent and the timestep from the arguments of a call of ``model``."""
+
+    def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
+        self._names = adapter.latent, adapter.timestep
+        parameters = list(inspect.signature(model.forward).parameters)
+        self._positions = {name: index for index, name in enumerate(parameters)}
+
+    def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The latent (B, C, ..., H, W), or ``None``."""
+        if self._names[0] is not None:
+            return self._named(self._names[0], args, kwargs)
+        return next((value for value in (*args, *kwargs.values()) if latent_size(value) is not None), None)
+
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The timestep (a number, or a tensor of them), or ``None``."""
+        return self._named(self._names[1], args, kwargs) if self._names[1] is not None else None
+
+    def _named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        position = self._positions.get(name, len(args))
+        return args[position] if position < len(args) else None
 
 
 def latent_size(latent: Any) -> tuple[int, int] | None:

@@ -19,6 +19,6 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
             return ADAPTERS[base.__name__]
     names = list(inspect.signature(model.forward).parameters)
     return ModelAdapter(
-        latent=names[0] if names else None,
+        latent=None,
         timestep=next((name for name in _TIMESTEP_NAMES if name in names), None),
     )
