@@ -133,7 +133,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     table = Table("tokens", "mode", "side", "ms (p20 to p80)", "of full", "GFLOP/s", "GB/s", "floor / this", "runs")
-    for edge in options.sizes:
+    for edge in [32] if options.tiny else options.sizes:
         sides = Sites(edge, options).sides()
         for mode in modes(options):
             torch.compiler.reset()

@@ -200,6 +200,6 @@ def with_processors(model: Any, make: Callable[[Node, str], Any], node: Node) ->
 
 def first_channels(patched: nn.Module) -> int:
     """Channels of the shallowest self-attention."""
-    sites = [each.site for each in sloth_fx.report(patched) if each.site.kind == "self"]
+    sites = [each for each in sloth_fx.report(patched) if each.kind == "self"]
     shallowest = min(sites, key=lambda site: site.depth)
     return shallowest.heads * shallowest.head_dim

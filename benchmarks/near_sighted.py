@@ -93,7 +93,7 @@ def pairs(patched: nn.Module, setting: Setting, example: dict[str, Any]) -> tupl
     moment.at(setting.progress or 0.4)
     layouts = moment.layouts()
     latent = tuple(example["sample"].shape[-2:])
-    grids = [each.site.grid_at(latent) for each in sloth_fx.report(patched) if each.site.kind == "self"]
+    grids = [each.grid_at(latent) for each in sloth_fx.report(patched) if each.kind == "self"]
     full = sum((rows * columns) ** 2 for rows, columns in filter(None, grids))
     border = getattr(getattr(SPECS[setting.spec], "in_", None), "border", "keep")
     spared = sum(layout.tokens**2 - layout.pairs(border) for layout in layouts)

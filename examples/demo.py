@@ -79,12 +79,12 @@ def savings(patched: torch.nn.Module) -> tuple[float, float]:
 
 
 def self_attention(patched: torch.nn.Module) -> list[AttentionSite]:
-    return [each.site for each in sloth_fx.report(patched) if each.site.kind == "self"]
+    return [each for each in sloth_fx.report(patched) if each.kind == "self"]
 
 
 def layouts(patched: torch.nn.Module) -> dict[str, sloth_fx.operators.KeyLayout]:
     """What each patched site keeps now, by its name."""
-    names = [each.site.name for each in sloth_fx.report(patched) if each.operators]
+    names = [each.name for each in sloth_fx.report(patched) if each.operators]
     return dict(zip(names, sloth_fx.context(patched).layouts(), strict=True))
 
 

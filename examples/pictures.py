@@ -83,7 +83,7 @@ def keys_over_steps(path: Path, sites: list[AttentionSite], kept: np.ndarray, wo
             where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
             below.annotate(words, (1, row), (8, 0), fontsize=10, color=INK if shares.min() < 1 else FAINT, **where)
         bar = figure.colorbar(image, ax=[above, below], pad=0.02, aspect=30, format=PercentFormatter(1))
-        bar.set_label("keys that are left (dark: few keys, fast; light: all keys)", labelpad=10)
+        bar.set_label("keys that are left\n(dark: few, light: all)", labelpad=10)
         bar.outline.set_visible(False)
         for axes in (above, below):
             axes.spines[:].set_visible(False)

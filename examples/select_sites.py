@@ -29,7 +29,7 @@ def main() -> None:
     unet = unets.sd15(tiny=options.tiny)
     for title, where in SELECTORS.items():
         patched = sloth_fx.transform(unet, SlothfulAttention(keep_middle=False, where=where))
-        chosen = [each.site.path for each in sloth_fx.report(patched) if each.operators]
+        chosen = [each.path for each in sloth_fx.report(patched) if each.operators]
         print(f"{title}: {where!r:.70}\n  {len(chosen)} sites, {chosen[0]} first")
 
     both = [NearSightedTile(tile_size=16, where="in"), SlothfulAttention(where="out")]

@@ -35,7 +35,7 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Report:
     else:
         raise SlothError(f"the inputs of {type(model).__name__} are not known: give example_inputs")
     sites = survey(model, adapter, call).sites
-    return Report(type(model).__name__, tuple(SiteReport(site=site) for site in sites))
+    return Report(type(model).__name__, tuple(map(SiteReport.of, sites)))
 
 
 def report(patched: nn.Module) -> Report:

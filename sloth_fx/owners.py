@@ -35,9 +35,10 @@ class RewrittenOwner:
         assert grid is not None
         operators: dict[str, KeyValueReduction | TiledAttention] = {}
         if plan.reducing is not None:
-            operators[reduce_name(call)] = KeyValueReduction(plan.pooling, KeyLayout(grid))
+            operators[reduce_name(call)] = KeyValueReduction(plan.site.name, plan.pooling, KeyLayout(grid))
         if plan.tiling is not None:
             operators[tile_name(call)] = TiledAttention(
+                plan.site.name,
                 self.rewritten.attend[call],
                 KeyLayout(grid),
                 folded_heads=self.rewritten.folded_heads[call],

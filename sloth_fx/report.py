@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sloth_fx.site import AttentionSite
 
-_KEYS = ("path", "call", "kind", "stage", "depth", "heads", "head_dim", "q_tokens", "kv_tokens", "grid", "text")
+_KEYS = (
+    *("path", "call", "kind", "stage", "depth", "heads", "head_dim"),
+    *("q_tokens", "kv_tokens", "grid", "text", "operators", "note"),
+)
 _COLUMNS = ("stage", "depth", "kind", "heads", "head_dim", "queries", "keys", "grid", "operators", "site")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteReport:
+class SiteReport(AttentionSite):
     """One site: what it is, which operators act there, and how or why not."""
 
-    site: AttentionSite
     operators: tuple[str, ...] = ()
     note: str = ""
 
+    @classmethod
+    def of(cls, site: AttentionSite, operators: tuple[str, ...] = (), note: str = "") -> SiteReport:
+        return cls(**vars(site), operators=operators, note=note)
+
     def to_dict(self) -> dict[str, Any]:
-        site = asdict(self.site)
-        values = {key: list(site[key]) if isinstance(site[key], tuple) else site[key] for key in _KEYS}
-        return {**values, "operators": list(self.operators), "note": self.note}
+        values = {key: getattr(self, key) for key in _KEYS}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class Report:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (_COLUMNS, *rows)] if rows else []
         acted = sum(bool(site.operators) for site in self.sites)
         kinds = ", ".join(
-            f"{sum(site.site.kind == kind for site in self.sites)} {kind}"
-            for kind in dict.fromkeys(site.site.kind for site in self.sites)
+            f"{sum(site.kind == kind for site in self.sites)} {kind}"
+            for kind in dict.fromkeys(site.kind for site in self.sites)
         )
         head = f"{self.model}: {len(self.sites)} attention sites ({kinds})" if rows else self.model
         if acted:
@@ -59,9 +64,8 @@ class Report:
         return "\n".join(filter(None, [head, self.note, *lines]))
 
 
-def _row(report: SiteReport) -> tuple[str, ...]:
-    site = report.site
+def _row(site: SiteReport) -> tuple[str, ...]:
     grid = "x".join(map(str, site.grid)) if site.grid is not None else "?"
-    action = "+".join(report.operators) or (f"- ({report.note})" if report.note else "-")
+    action = "+".join(site.operators) or (f"- ({site.note})" if site.note else "-")
     numbers = (site.heads, site.head_dim, site.q_tokens, site.kv_tokens)
     return (site.stage, f"{site.depth:g}", site.kind, *map(str, numbers), grid, action, site.name)

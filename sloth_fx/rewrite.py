@@ -84,7 +84,7 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
     done = []
     if plan.reducing is not None:
         trial = KeyLayout((1, core.key.meta["hint"].shape[-2]), window=(1, 2))  # does the owner follow fewer keys?
-        owner.add_module(reduce_name(site.call), KeyValueReduction(plan.pooling, trial))
+        owner.add_module(reduce_name(site.call), KeyValueReduction(site.name, plan.pooling, trial))
         done.append(f"keys and values reduced {reduce_kv(graph, core, reduce_name(site.call), owner, hoist=hoist)}")
     if plan.tiling is not None:
         done.append(f"queries tiled {tile_queries(graph, core, tile_name(site.call))}")

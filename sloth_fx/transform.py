@@ -61,8 +61,10 @@ def transform(
         request(patched, patch, as_call(example_inputs))
     elif adapter.inputs is not None:
         request(patched, patch, ((), adapter.inputs(model)))
-    else:
+    elif any(_may_compute_attention(module) for module in model.modules()):
         patch.pending = request
+    else:
+        raise SlothError(f"{type(model).__name__} computes no attention: there is nothing to transform")
     patch.install(patched)
     return patched
 
@@ -105,10 +107,7 @@ class _Request:
             patch.graphs[path] = owner.rewritten.graph
         if found.latent is not None:
             patch.context.resize(found.latent)
-        sites = (
-            SiteReport(site=site, operators=acting.get(site.name, ()), note=notes.get(site.name, ""))
-            for site in found.sites
-        )
+        sites = (SiteReport.of(site, acting.get(site.name, ()), notes.get(site.name, "")) for site in found.sites)
         patch.report = Report(type(model).__name__, tuple(sites))
 
 
@@ -126,6 +125,12 @@ def _check_untouched(model: nn.Module) -> None:
         raise SlothError(
             f"{type(model).__name__} is patched already: give all specs in one call, to the original model"
         )
+
+
+def _may_compute_attention(module: nn.Module) -> bool:
+    """Torch's own layers do not, but for these two families; what anybody else's do is only seen when they run."""
+    kind = type(module)
+    return not kind.__module__.startswith("torch.nn.") or kind.__name__.startswith(("Multihead", "Transformer"))
 
 
 def _checked_specs(spec: Any) -> tuple[Spec, ...]:

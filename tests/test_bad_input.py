@@ -164,6 +164,12 @@ def test_phases_that_are_no_number_of_phases(phases):
     says(refused(models.shared("ssd1b"), phases=phases), f"phases={phases!r}")
 
 
+def test_phases_need_one_clock():
+    specs = [SlothfulAttention(schedule=StepDecay(), where="in"), SlothfulAttention(where="out")]
+    says(refused(models.shared("ssd1b"), specs, phases=4), "phases", "one clock", "phases=None")
+    sloth_fx.transform(models.shared("ssd1b"), specs)
+
+
 # where
 
 

@@ -369,7 +369,7 @@ def test_example_inputs_as_keywords_and_by_position():
     expected = models.run(patched_at(model, NEAR, 0.4), values)
     for example in (values, (values["sample"], 500, values["encoder_hidden_states"])):
         patched = sloth_fx.transform(model, NEAR, example_inputs=example)
-        assert sloth_fx.report(patched).sites[0].site.grid == (13, 21)
+        assert sloth_fx.report(patched).sites[0].grid == (13, 21)
         sloth_fx.context(patched).at(0.4)
         assert torch.equal(models.run(patched, values), expected)
         with torch.no_grad():
@@ -400,7 +400,7 @@ def test_a_model_of_unknown_class_is_transformed_at_its_first_call():
     assert sloth_fx.context(patched).progress == pytest.approx(0.4)
     acting = [site for site in sloth_fx.report(patched) if site.operators]
     assert acting
-    assert all(site.site.path.startswith("unet.") for site in acting)
+    assert all(site.path.startswith("unet.") for site in acting)
 
 
 class Denoiser(nn.Module):
@@ -439,6 +439,54 @@ def test_attention_of_ones_own():
         assert torch.equal(sloth_fx.transform(model, NEUTRAL["tile"])(wide), model(wide))
 
 
+class Twice(Denoiser):
+    """One module that attends two times."""
+
+    def forward(self, latent, keep=lambda tokens: tokens):
+        features = self.enter(latent)
+        tokens = self.attend(self.attend(features.flatten(2).mT), keep)
+        return self.leave(tokens.mT.reshape(features.shape))
+
+
+def test_each_attention_of_one_module_is_a_site():
+    inner = Twice().eval()
+    model = nn.Sequential(nn.Identity(), inner)
+    latent = torch.randn(2, 3, 9, 14)
+    reduction = Reduction(rate=6.0, long_axis="x")
+    spec = SlothfulAttention(in_=reduction, schedule=sloth_fx.Constant(), where=lambda site: site.call == 1)
+    patched = sloth_fx.transform(model, spec, example_inputs=(latent,))
+    sites = sloth_fx.report(patched).to_dict()["sites"]
+    assert [(each["path"], each["call"], each["operators"]) for each in sites] == [
+        ("1", 0, []),
+        ("1", 1, ["SlothfulAttention"]),
+    ]
+    kept = [row * 14 + column for row in range(0, 9, 2) for column in range(0, 14, 3)]
+    with torch.no_grad():
+        torch.testing.assert_close(patched(latent), inner(latent, lambda tokens: tokens[:, :, kept]))
+
+
+class OneSize(nn.Module):
+    """Runs at one size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser()
+        self.places = nn.Parameter(torch.randn(1, 3, 9, 14))
+
+    def forward(self, latent):
+        return self.inner(latent + self.places)
+
+
+def test_a_model_of_one_size_is_transformed_without_noise(capfd, caplog):
+    model = OneSize().eval()
+    latent = torch.randn(2, 3, 9, 14)
+    patched = sloth_fx.transform(model, NEUTRAL["tile"], example_inputs=(latent,))
+    with torch.no_grad():
+        assert torch.equal(patched(latent), model(latent))
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
 # Sites that cannot be rewritten
 
 
@@ -447,7 +495,7 @@ def test_strict_false_leaves_what_cannot_be_rewritten_and_says_so():
     models.blind(model)
     patched = sloth_fx.transform(model, NEAR, strict=False)
     sloth_fx.context(patched).at(0.4)
-    sites = {each.site.path: each for each in sloth_fx.report(patched)}
+    sites = {each.path: each for each in sloth_fx.report(patched)}
     assert sites[models.BLIND].operators == ()
     assert "cannot be captured" in sites[models.BLIND].note
     assert sum(bool(each.operators) for each in sites.values()) == 10  # of 11
@@ -499,7 +547,7 @@ def test_reports_are_plain_data_and_readable():
             tiled = site["depth"] == 1
             assert site["operators"] == ["SlothfulAttention", "NearSightedTile"][: 1 + tiled]
     for each in report:
-        assert each.site.path in str(report)
+        assert each.path in str(report)
     graph = sloth_fx.graph(patched, models.BLIND)
     targets = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     assert any("sloth_reduce" in target for target in targets)

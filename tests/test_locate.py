@@ -42,7 +42,7 @@ FIRST = {"sd15": 1, "sdxl": 2, "ssd1b": 2, "unconditional": 2}  # latent rows pe
 
 
 def counts(report: sloth_fx.Report, kind: str) -> dict[tuple[str, float], int]:
-    return Counter((each.site.stage, each.site.depth) for each in report if each.site.kind == kind)
+    return Counter((each.stage, each.depth) for each in report if each.kind == kind)
 
 
 def halved(size: tuple[int, int], times: int) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def test_tiny_models(name, size):
     report = sloth_fx.inspect(model, example_inputs=models.inputs(model, 3, *size))
     assert counts(report, "self") == counts(report, "cross") == TINY[name]
     check_grids(report, size, FIRST[name], text=7)
-    assert [each.site.path for each in report] == [each.site.path for each in sloth_fx.inspect(model)]
+    assert [each.path for each in report] == [each.path for each in sloth_fx.inspect(model)]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 16)])
@@ -82,7 +82,7 @@ def test_tiny_unconditional_model(size):
     assert counts(report, "self") == TINY["unconditional"]
     assert counts(report, "cross") == {}
     check_grids(report, size, FIRST["unconditional"], text=0)
-    assert {(each.site.heads, each.site.head_dim) for each in report} == {(2, 16)}
+    assert {(each.heads, each.head_dim) for each in report} == {(2, 16)}
 
 
 @pytest.mark.parametrize("size", [(9, 11), (10, 5), (7, 130)])
@@ -94,7 +94,7 @@ def test_depth_comes_from_the_levels_also_where_the_latent_is_small(size):
 
 
 def test_heads_and_owners():
-    sites = {each.site.path: each.site for each in sloth_fx.inspect(models.shared("sdxl"))}
+    sites = {each.path: each.site for each in sloth_fx.inspect(models.shared("sdxl"))}
     first = sites["down_blocks.1.attentions.0.transformer_blocks.0.attn1"]
     deeper = sites["up_blocks.0.attentions.1.transformer_blocks.1.attn2"]
     assert (first.heads, first.head_dim, first.owner) == (2, 16, "Attention")
@@ -114,7 +114,7 @@ def test_text_as_long_as_the_image_is_still_text():
 def test_a_batch_as_large_as_the_heads():
     model = models.sdxl(attention_head_dim=2)
     report = sloth_fx.inspect(model, example_inputs=models.inputs(model, 2))
-    assert {each.site.heads for each in report} == {2}
+    assert {each.heads for each in report} == {2}
 
 
 def on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
@@ -131,8 +131,8 @@ def test_stable_diffusion_15():
         == {("in", 1): 2, ("in", 2): 2, ("in", 4): 2, ("middle", 8): 1, ("out", 4): 3, ("out", 2): 3, ("out", 1): 3}
     )
     check_grids(report, (64, 64), 1, text=77)
-    assert {(each.site.heads, each.site.depth * 40) for each in report} == {(8, 40 * 2**i) for i in range(4)}
-    assert {each.site.head_dim for each in report} == {40, 80, 160}
+    assert {(each.heads, each.depth * 40) for each in report} == {(8, 40 * 2**i) for i in range(4)}
+    assert {each.head_dim for each in report} == {40, 80, 160}
 
 
 def test_stable_diffusion_xl_on_an_odd_latent():
@@ -154,7 +154,7 @@ def test_stable_diffusion_xl_on_an_odd_latent():
         == {("in", 1): 4, ("in", 2): 20, ("middle", 2): 10, ("out", 2): 30, ("out", 1): 6}
     )
     check_grids(report, (125, 77), 2, text=154)
-    assert {(each.site.depth, each.site.heads, each.site.head_dim) for each in report} == {(1, 10, 64), (2, 20, 64)}
+    assert {(each.depth, each.heads, each.head_dim) for each in report} == {(1, 10, 64), (2, 20, 64)}
 
 
 def test_ssd_1b():

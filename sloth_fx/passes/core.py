@@ -10,6 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from sloth_fx.errors import SlothError
+from sloth_fx.operators import KeyLayout
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -50,6 +53,16 @@ def _from_sdpa(node: fx.Node) -> AttentionCore:
     options = {name: option for name, option in given.items() if option not in (None, 0.0, False)}
     attend = functools.partial(F.scaled_dot_product_attention, **options) if options else F.scaled_dot_product_attention
     return AttentionCore(node, query, key, value, masked, attend)
+
+
+def check_tokens(site: str, tokens: Tensor, layout: KeyLayout) -> None:
+    """Raise :class:`SlothError` where the tokens (..., N, C) of a site are not those of its grid."""
+    if tokens.shape[-2] != layout.tokens:
+        rows, columns = layout.grid
+        raise SlothError(
+            f"{site}: {tokens.shape[-2]} tokens do not fit a grid of {rows} x {columns}, which this latent should give; "
+            "give transform example_inputs of this size"
+        )
 
 
 def first_input(node: fx.Node) -> fx.Node | None:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from sloth_fx.capture.recorder import has_effect
 from sloth_fx.operators import KeyLayout, Pooling, reduce_tokens
-from sloth_fx.passes.core import AttentionCore, first_input
+from sloth_fx.passes.core import AttentionCore, check_tokens, first_input
 
 _RESHAPES = frozenset({"view", "reshape", "transpose", "permute", "contiguous", "unflatten", "flatten", "to", "float"})
 _PER_TOKEN = ("LayerNorm", "RMSNorm", "Identity", "Dropout")
@@ -28,11 +28,12 @@ class KeyValueReduction(nn.Module):
     """Reduces the tokens that become keys and values to those that ``layout`` leaves.
 
     Takes what both projections take (B, N, C), or keys or values (B, H, N, D) or (B*H, N, D). Returns what becomes of
-    it as keys and as values; that is one tensor where both are reduced alike.
+    it as keys and as values; that is one tensor where both are reduced alike. ``site`` is named in errors.
     """
 
-    def __init__(self, pooling: Pooling, layout: KeyLayout) -> None:
+    def __init__(self, site: str, pooling: Pooling, layout: KeyLayout) -> None:
         super().__init__()
+        self.site = site
         self.pooling = pooling
         self.layout = layout
 
@@ -43,6 +44,7 @@ class KeyValueReduction(nn.Module):
         layout = self.layout
         if layout.window == (1, 1):  # nothing to pool; cutting tiles out is then left to the tiled attention
             return tokens, tokens
+        check_tokens(self.site, tokens, layout)
         if tokens.ndim == 3:
             return reduce_tokens(tokens, layout, self.pooling)
         heads = tokens.shape[1]

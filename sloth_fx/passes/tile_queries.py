@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from sloth_fx.operators import KeyLayout, near_sighted_attention
-from sloth_fx.passes.core import Attend, AttentionCore
+from sloth_fx.passes.core import Attend, AttentionCore, check_tokens
 
 
 class TiledAttention(nn.Module):
     """Near-sighted attention over ``layout``; the host's own attention where the layout has no tiles.
 
-    Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H.
+    Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H. ``site`` is named in
+    errors.
     """
 
     def __init__(
-        self, attend: Attend, layout: KeyLayout, *, folded_heads: int | None, concat_local: bool, concat_global: bool
+        self, site: str, attend: Attend, layout: KeyLayout, *, folded_heads: int | None, concat_local: bool, concat_global: bool
     ) -> None:
         super().__init__()
+        self.site = site
         self.attend = attend
         self.layout = layout
         self.folded_heads = folded_heads
@@ -36,6 +38,7 @@ class TiledAttention(nn.Module):
         layout = self.layout
         if layout.tile is None:
             return self.attend(query, key, value)
+        check_tokens(self.site, query, layout)
         if self.folded_heads is not None:
             query, key, value = (torch.unflatten(each, 0, (-1, self.folded_heads)) for each in (query, key, value))
         out = near_sighted_attention(

@@ -144,7 +144,7 @@ def reduced(module, layout=HALVED, pooling=None, hoist=True):
     canonicalise(result.graph)
     (core,) = attention_cores(result.graph)
     place = reduce_kv(result.graph, core, "reduce", result.owner, hoist=hoist)
-    module.add_module("reduce", KeyValueReduction(pooling or Pooling(), layout))
+    module.add_module("reduce", KeyValueReduction("reduce", pooling or Pooling(), layout))
     return result.graph, place, generate(result.graph, "test")
 
 
@@ -212,7 +212,7 @@ def test_tiling_takes_the_place_of_the_core(kind):
     function = generate(result.graph, "test")
     folded = HEADS if kind is Folded else None
     module.tile = TiledAttention(
-        core.attend, KeyLayout(GRID), folded_heads=folded, concat_local=False, concat_global=False
+        "tile", core.attend, KeyLayout(GRID), folded_heads=folded, concat_local=False, concat_global=False
     )
     assert torch.equal(function(module, x), expected)
     module.tile.set_layout(KeyLayout(GRID, tile=(3, 4)), 1)
@@ -225,6 +225,6 @@ def test_tiling_takes_the_place_of_the_core(kind):
 
 
 def test_operators_have_no_state_and_show_themselves():
-    operator = KeyValueReduction(Pooling(), HALVED)
+    operator = KeyValueReduction("site", Pooling(), HALVED)
     assert not operator.state_dict()
     assert "window=(2, 2)" in repr(operator)
