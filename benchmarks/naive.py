@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sloth_fx
+from sloth_fx.report import SiteReport
 
 
 def finish(attn: Any, out: Tensor, residual: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class Node:
     tile: tuple[float, float] | None = None  # base, peak
     global_ratio: tuple[float, float] = (0.0, 0.0)
     max_depth: int = 2
-    tokens: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # reduced ones, by name of the site
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # reduced ones, by name of the site
     given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # the keys and values that they make
 
     @property
@@ -58,6 +59,8 @@ class Node:
         return math.exp(-(((self.progress - self.peak_time) * self.time_decay) ** 2))
 
     def stride(self, stage: str, channels: int) -> float:
+        if stage == "middle":
+            return 1.0
         rate = self.slothful[stage == "out"]
         # channels double with every level, so this is (downscale of the shallowest level / downscale here)
         return rate * self.time_ratio * (self.first_channels / channels) ** self.depth_decay
@@ -114,15 +117,18 @@ class Naive:
     ) -> Tensor:
         node, residual = self.node, hidden_states
         grid = node.grid(hidden_states.shape[1])
-        stride = 1.0 if self.stage == "middle" else node.stride(self.stage, hidden_states.shape[-1])
+        stride = node.stride(self.stage, hidden_states.shape[-1])
         tiles = node.tiles(grid)
         if tiles == (1, 1):
-            keys = values = hidden_states
-            if stride > 1:
-                window = split(stride, grid, "y")
-                keys, values = (sampled(hidden_states, grid, window, window, node.blend) for _ in range(2))
-            return finish(attn, self.attend(attn, hidden_states, keys, values), residual)
+            return finish(attn, self.attend(attn, hidden_states, *self.reduced(hidden_states, grid, stride)), residual)
         return finish(attn, self.in_tiles(attn, hidden_states, grid, tiles, stride), residual)
+
+    def reduced(self, tokens: Tensor, grid: tuple[int, int], stride: float) -> tuple[Tensor, Tensor]:
+        if stride <= 1:
+            return tokens, tokens
+        window = split(stride, grid, "y")
+        keys, values = (sampled(tokens, grid, window, window, self.node.blend) for _ in range(2))
+        return keys, values
 
     def attend(self, attn: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         query, key = heads(attn, attn.to_q(queries)), heads(attn, attn.to_k(keys))
@@ -149,16 +155,6 @@ class Naive:
         return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :rows, :columns].flatten(1, 2)
 
 
-class Recording(Naive):
-    """Also keeps, for every site with fewer keys than queries, the reduced tokens and the keys and values they make."""
-
-    def attend(self, attn: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if keys.shape[1] < queries.shape[1]:
-            self.node.tokens[self.name] = keys, values
-            self.node.given[self.name] = heads(attn, attn.to_k(keys)), heads(attn, attn.to_v(values))
-        return super().attend(attn, queries, keys, values)
-
-
 class Given:
     """The ideal: where keys and values are reduced, they are there already. Only queries, attention and output cost."""
 
@@ -177,11 +173,10 @@ class Given:
 
 
 class GivenTokens(Given):
-    """The reduced tokens are there already, as one contiguous tensor for keys and values; their projections cost."""
+    """The reduced tokens are there already, one tensor for keys and values; their projections cost."""
 
     def __init__(self, node: Node, name: str) -> None:
-        tokens = node.tokens.get(name)
-        self.tokens = tokens[0].contiguous() if tokens is not None else None
+        self.tokens = node.tokens.get(name)
 
     def key_value(self, attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = tokens if self.tokens is None else self.tokens
@@ -198,8 +193,25 @@ def with_processors(model: Any, make: Callable[[Node, str], Any], node: Node) ->
     return model
 
 
+def self_attentions(patched: nn.Module) -> list[SiteReport]:
+    return [each for each in sloth_fx.report(patched) if each.kind == "self"]
+
+
 def first_channels(patched: nn.Module) -> int:
     """Channels of the shallowest self-attention."""
-    sites = [each for each in sloth_fx.report(patched) if each.kind == "self"]
-    shallowest = min(sites, key=lambda site: site.depth)
+    shallowest = min(self_attentions(patched), key=lambda site: site.depth)
     return shallowest.heads * shallowest.head_dim
+
+
+def give(node: Node, model: nn.Module, patched: nn.Module, like: Tensor) -> None:
+    """Make what :class:`Given` and :class:`GivenTokens` give, of random tokens in the batch and dtype of a latent."""
+    for site in self_attentions(patched):
+        attn, name = model.get_submodule(site.path), f"{site.path}.processor"
+        grid, channels = site.grid_at(node.latent), site.heads * site.head_dim
+        processor = Naive(node, name)
+        stride = node.stride(processor.stage, channels)
+        if grid is not None and stride > 1:
+            tokens = torch.randn(like.shape[0], math.prod(grid), channels, device=like.device).to(like.dtype)
+            keys, values = processor.reduced(tokens, grid, stride)
+            node.tokens[name] = keys.contiguous()
+            node.given[name] = heads(attn, attn.to_k(keys)), heads(attn, attn.to_v(values))

@@ -35,8 +35,9 @@ from common import (
     sharing_copy,
     slow,
     unet,
+    warmups,
 )
-from naive import Naive, Node, first_channels, with_processors
+from naive import Naive, Node, first_channels, self_attentions, with_processors
 from torch import nn
 
 import sloth_fx
@@ -67,8 +68,9 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(options: argparse.Namespace, size: int) -> list[Setting]:
-    moments = options.progress[:1] if slow(options, size) else options.progress
-    return [Setting("Tile", None), *(Setting("Attention", progress) for progress in moments)]
+    if slow(options, size):
+        return [Setting("Attention", options.progress[0])]
+    return [Setting("Tile", None), *(Setting("Attention", progress) for progress in options.progress)]
 
 
 def sides_of(
@@ -93,7 +95,7 @@ def pairs(patched: nn.Module, setting: Setting, example: dict[str, Any]) -> tupl
     moment.at(setting.progress or 0.4)
     layouts = moment.layouts()
     latent = tuple(example["sample"].shape[-2:])
-    grids = [each.grid_at(latent) for each in sloth_fx.report(patched) if each.kind == "self"]
+    grids = [each.grid_at(latent) for each in self_attentions(patched)]
     full = sum((rows * columns) ** 2 for rows, columns in filter(None, grids))
     border = getattr(getattr(SPECS[setting.spec], "in_", None), "border", "keep")
     spared = sum(layout.tokens**2 - layout.pairs(border) for layout in layouts)
@@ -109,6 +111,7 @@ def main() -> None:
     )
     for name in options.models:
         model = unet(name, device=options.device, dtype=options.dtype, tiny=options.tiny)
+        model(**inputs(model, 64, options))  # the first call of all takes longer than any other
         for size in options.sizes:
             example = inputs(model, size, options)
             patched = {each: sloth_fx.transform(model, spec, example_inputs=example) for each, spec in SPECS.items()}
@@ -119,8 +122,9 @@ def main() -> None:
                 chosen = settings(options, size)
                 for setting in chosen:
                     sides |= sides_of(setting, model, patched[setting.spec], runs[setting.spec], example, mode)
-                warmup = 0 if slow(options, size) and mode == "eager" else 1
-                timing = interleave(sides, options, warmup=warmup, what=f"near-sighted, {name}, {size} pixels, {mode}")
+                timing = interleave(
+                    sides, options, warmup=warmups(options, mode), what=f"near-sighted, {name}, {size} pixels, {mode}"
+                )
                 for setting in chosen:
                     ours, theirs = f"patched {setting}", f"naive {setting}"
                     left, padded = pairs(patched[setting.spec], setting, example)

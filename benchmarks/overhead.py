@@ -5,8 +5,8 @@
 
 Sides: the UNet; a plain copy of it over the same weights, which shows the noise of the measurement; and the patched
 UNet, once with the moment told by the caller ("driven") and once reading each call's own timestep ("auto"). Small
-pictures show the cost of a call most clearly, because it does not grow with the picture. On a CPU, where compiling takes
-minutes, only the last of the sizes is compiled.
+pictures show the cost of a call most clearly, because it does not grow with the picture. On a CPU compiling takes
+minutes, so that only the last of the sizes is compiled.
 
 Target: at most 1.02 times the UNet, at 512 pixels.
 """
@@ -30,6 +30,7 @@ from common import (
     publish,
     sharing_copy,
     unet,
+    warmups,
 )
 from torch import nn
 
@@ -72,12 +73,15 @@ def main() -> None:
     table = Table(*columns)
     for name in options.models:
         model = unet(name, device=options.device, dtype=options.dtype, tiny=options.tiny)
+        model(**inputs(model, 64, options))  # the first call of all takes longer than any other
         for size in options.sizes:
             example = inputs(model, size, options)
             for mode in modes(options) if size == options.sizes[-1] or options.device.type != "cpu" else ("eager",):
                 torch.compiler.reset()
                 sides = sides_of(model, example, mode)
-                timing = interleave(sides, options, what=f"overhead, {name}, {size} pixels, {mode}")
+                timing = interleave(
+                    sides, options, warmup=warmups(options, mode), what=f"overhead, {name}, {size} pixels, {mode}"
+                )
                 for side in sides:
                     row = [name, str(size), mode, side, timing.ms(side)]
                     added = f"{1e3 * (timing.median(side) - timing.median('UNet')):.2f}"

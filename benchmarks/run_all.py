@@ -23,10 +23,10 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 # Per benchmark, on a CPU: what keeps the whole under 25 minutes.
 CPU = {
     "transform_time": [],
-    "attention": ["--seconds", "45"],
-    "overhead": ["--seconds", "150", "--compile"],
-    "reduction": ["--seconds", "300"],
-    "near_sighted": ["--seconds", "180"],
+    "attention": ["--seconds", "40"],
+    "overhead": ["--seconds", "90", "--compile"],
+    "reduction": ["--seconds", "200"],
+    "near_sighted": ["--seconds", "120"],
 }
 GPU = {
     "transform_time": [],

@@ -75,13 +75,15 @@ class SitePlan:
             flat, long_axis = tiling.mode == "1d", tiling.long_axis
         elif reduction is not None:
             flat = reduction.mode.startswith("1d")
-        samples = None
+        samples, reach = None, (1, 1)
         ratio = tiling.global_ratio_at(ratio_at(tiling.schedule, moment))
         if ratio > 0:
             tiles = math.prod(math.ceil(size / part) for size, part in zip(grid, tile, strict=True))
             apart = max(1.0, stride) * tiles / ratio
             samples = flat_stride(apart, math.prod(grid)) if flat else axis_strides(apart, grid, long_axis)
-        return KeyLayout(grid, window, tile, self._pad(moment, grid, tile), samples, flat)
+            if stride > 1:
+                reach = flat_stride(stride, math.prod(grid)) if flat else axis_strides(stride, grid, long_axis)
+        return KeyLayout(grid, window, tile, self._pad(moment, grid, tile), samples, flat, reach)
 
     def _stride(self, moment: Moment, grid: tuple[int, int], latent: tuple[int, int]) -> float:
         reduction = self.reduction
@@ -135,16 +137,16 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite]) -> Plan:
     plans = {site.name: SitePlan(site=site, shallowest=shallowest, deepest=deepest) for site in images}
     notes = {site.name: f"{site.kind}-attention" for site in sites if site.kind != "self"}
     for spec in specs:
-        acts = False
-        for site in _selected(spec, sites, images):
-            reason = _unfit(spec, site)
-            if reason is None:
+        chosen = _selected(spec, sites, images)
+        unfit = {site.name: reason for site in chosen if (reason := _unfit(spec, site)) is not None}
+        if len(unfit) == len(chosen):
+            raise SlothError(
+                f"{type(spec).__name__} acts on no site that it selects: " + _few(map(": ".join, unfit.items()))
+            )
+        for site in chosen:
+            if site.name not in unfit:
                 plans[site.name] = _with(plans[site.name], spec)
-                acts = True
-            else:
-                notes[site.name] = reason
-        if not acts:
-            raise SlothError(f"{type(spec).__name__} acts on no site: {next(iter(notes.values()))}")
+        notes.update(unfit)
     for name, plan in plans.items():
         if not plan.specs:
             notes.setdefault(name, "not selected by where")

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from sloth_fx.capture import Capture
 from sloth_fx.capture.recorder import evaluate
-from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.capture.skeleton import Skeleton, quiet
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.canonicalise import canonicalise
@@ -94,11 +94,12 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
 def _shapes_fit(graph: fx.Graph, owner: nn.Module, skeleton: Skeleton) -> bool:
     """Whether the graph runs when the keys really are fewer (a host may reshape them by the number of queries)."""
     try:
-        for node in graph.nodes:
-            if node.op not in ("placeholder", "output") and not str(node.target).startswith("sloth_tile"):
-                node.meta["hint"] = evaluate(node, owner, skeleton.mode)
-            elif node.op == "call_module":
-                node.meta["hint"] = node.args[0].meta["hint"]
+        with quiet():
+            for node in graph.nodes:
+                if node.op not in ("placeholder", "output") and not str(node.target).startswith("sloth_tile"):
+                    node.meta["hint"] = evaluate(node, owner, skeleton.mode)
+                elif node.op == "call_module":
+                    node.meta["hint"] = node.args[0].meta["hint"]
     except (RuntimeError, ValueError, TypeError):
         return False
     return True

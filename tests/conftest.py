@@ -1,11 +1,15 @@
+import gc
+
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny models run faster on one thread than on several, and always give the same bits."""
+def quick():
+    """Tiny models run faster on one thread, and copies of them when what was imported is no longer looked through."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

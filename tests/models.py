@@ -95,7 +95,7 @@ def one_level() -> UNet2DConditionModel:
     )
 
 
-MODELS = {"sd15": sd15, "sdxl": sdxl, "ssd1b": ssd1b, "unconditional": unconditional}
+MODELS = {"sd15": sd15, "sdxl": sdxl, "ssd1b": ssd1b, "unconditional": unconditional, "one_level": one_level}
 
 
 @functools.cache

@@ -299,12 +299,14 @@ class _Explicit:
         return tokens.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
     def _pooled(self, tokens: Tensor, blend: float) -> Tensor:
-        pooled = []
-        for key in self.keys.found:
-            members = tokens[:, list(key.members)]
-            pool = members.amax(1) if self.keys.peak else members.mean(1)
-            pooled.append((1 - blend) * members[:, 0] + blend * pool)
-        return torch.stack(pooled, 1)
+        found = self.keys.found
+        pooled = torch.empty(len(tokens), len(found), tokens.shape[2], dtype=tokens.dtype)
+        for size in {len(key.members) for key in found}:
+            numbers = [number for number, key in enumerate(found) if len(key.members) == size]
+            members = tokens[:, [found[number].members for number in numbers]]
+            pool = members.amax(2) if self.keys.peak else members.mean(2)
+            pooled[:, numbers] = (1 - blend) * members[:, :, 0] + blend * pool
+        return pooled
 
     def _seen(self, images: int) -> Tensor:
         """(i, n, j, m): whether query n of image i sees key m of image j."""

@@ -53,8 +53,7 @@ def halved(size: tuple[int, int], times: int) -> tuple[int, int]:
 
 
 def check_grids(report: sloth_fx.Report, size: tuple[int, int], first: int, text: int) -> None:
-    for each in report:
-        site = each.site
+    for site in report:
         grid = halved(size, int(first * site.depth).bit_length() - 1)
         assert site.grid == grid, site
         assert site.q_tokens == grid[0] * grid[1]
@@ -65,14 +64,13 @@ def check_grids(report: sloth_fx.Report, size: tuple[int, int], first: int, text
         assert site.call == 0
 
 
-@pytest.mark.parametrize("size", [(16, 16), (16, 24), (13, 21), (61, 93)])
+@pytest.mark.parametrize("size", [(16, 24), (61, 93)])
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "ssd1b"])
 def test_tiny_models(name, size):
     model = models.shared(name)
     report = sloth_fx.inspect(model, example_inputs=models.inputs(model, 3, *size))
     assert counts(report, "self") == counts(report, "cross") == TINY[name]
     check_grids(report, size, FIRST[name], text=7)
-    assert [each.path for each in report] == [each.path for each in sloth_fx.inspect(model)]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 16)])
@@ -93,8 +91,11 @@ def test_depth_comes_from_the_levels_also_where_the_latent_is_small(size):
     assert counts(report, "self") == TINY["sd15"]
 
 
-def test_heads_and_owners():
-    sites = {each.path: each.site for each in sloth_fx.inspect(models.shared("sdxl"))}
+def test_a_known_class_needs_no_inputs():
+    report = sloth_fx.inspect(models.shared("sdxl"))
+    assert counts(report, "self") == counts(report, "cross") == TINY["sdxl"]
+    check_grids(report, (16, 16), FIRST["sdxl"], text=77)
+    sites = {each.path: each for each in report}
     first = sites["down_blocks.1.attentions.0.transformer_blocks.0.attn1"]
     deeper = sites["up_blocks.0.attentions.1.transformer_blocks.1.attn2"]
     assert (first.heads, first.head_dim, first.owner) == (2, 16, "Attention")

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from sloth_fx.capture.call import read_call
 from sloth_fx.capture.recorder import Recorder
-from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.capture.skeleton import Skeleton, quiet
 from sloth_fx.errors import SlothError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,8 +38,9 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
     Raises :class:`SlothError` with the reason when the forward cannot be captured.
     """
     try:
-        recorder = _record(skeleton, owner, call)
-        again = _record(skeleton, owner, other) if other is not None else None
+        with quiet():
+            recorder = _record(skeleton, owner, call)
+            again = _record(skeleton, owner, other) if other is not None else None
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise SlothError(

@@ -8,6 +8,7 @@ parameters and buffers. It costs milliseconds and no memory whatever the size of
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,8 +57,19 @@ class Skeleton:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with self.mode, torch.no_grad():
+        with quiet(), self.mode, torch.no_grad():
             yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's log of what failed on fake tensors: whoever tries says so better, or tries something else."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _FakeCopies(TorchFunctionMode):

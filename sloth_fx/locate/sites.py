@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 
-from sloth_fx.errors import SlothError
 from sloth_fx.locate.probe import AttentionEvent, Probe
 from sloth_fx.site import AttentionSite, Kind, Stage
+
+_HALVINGS = [2**power for power in range(8)]
+_WHOLE = range(3, 65)
 
 
 def locate(probe: Probe, latent: tuple[int, int] | None) -> list[AttentionSite]:
     """The attention sites of a probed model, in order of execution.
 
-    ``latent`` is (rows, columns) of the latent that the probe ran on. Raises :class:`SlothError` when the model has
-    no attention.
+    ``latent`` is (rows, columns) of the latent that the probe ran on.
     """
-    if not probe.attentions:
-        raise SlothError("this model computes no attention: there is nothing to transform")
     events = probe.attentions
     kinds = [_kind(probe, event) for event in events]
     divisors = [_divisors(event, latent) for event in events]
@@ -84,20 +83,14 @@ def _heads(event: AttentionEvent) -> tuple[int, int]:
 
 
 def _divisors(event: AttentionEvent, latent: tuple[int, int] | None) -> tuple[float, float] | None:
-    """How many latent rows and columns one token stands for."""
+    """How many latent rows and columns one token stands for, so that ceil(latent / divisor) gives the grid.
+
+    Halving is the rule, so powers of two come first: 13 rows become 7, 4, 2, of which the last is an eighth, though a
+    seventh would fit as well.
+    """
     if latent is None or event.grid is None:
         return None
-    return _divisor(latent[0], event.grid[0]), _divisor(latent[1], event.grid[1])
-
-
-def _divisor(latent: int, tokens: int) -> float:
-    """The divisor with ``ceil(latent / divisor) == tokens``; halving is the rule, so a power of two comes first.
-
-    (13 rows become 7, 4, 2: the last is an eighth, though a seventh would fit as well.)
-    """
-    power = 2 ** max(0, round(math.log2(latent / tokens)))
-    whole = max(1, round(latent / tokens))
-    for divisor in (power, whole, whole + 1, whole - 1):
-        if divisor > 0 and math.ceil(latent / divisor) == tokens:
-            return divisor
-    return latent / tokens
+    for divisor in (*_HALVINGS, *_WHOLE):
+        if all(math.ceil(size / divisor) == tokens for size, tokens in zip(latent, event.grid, strict=True)):
+            return divisor, divisor
+    return latent[0] / event.grid[0], latent[1] / event.grid[1]

@@ -44,6 +44,8 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     skeleton = Skeleton(model)
     args, kwargs = skeleton.fake_inputs(call)
     probe = Probe(skeleton, args, kwargs)
+    if not probe.attentions:
+        raise SlothError(f"{type(model).__name__} computes no attention: there is nothing to transform")
     latent = Arguments(model, adapter).latent(args, kwargs)
     size = latent_size(latent)
     sites = locate(probe, size)

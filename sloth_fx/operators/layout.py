@@ -30,9 +30,10 @@ class KeyLayout(NamedTuple):
         tile: size of a tile; None leaves the grid whole.
         pad: how much of the padding to whole tiles lies above and to the left of the grid; the rest lies on the other
             side. Padding only shifts the tiles, it is never attended to.
-        samples: stride of the global samples of the whole grid, which every query sees besides its own tile; their
-            window is `window`. None for none.
-        flat: `window` and `samples` are (1, n) and run along the flattened tokens of the grid, or of each tile.
+        samples: stride of the global samples of the whole grid, which every query sees besides its own tile. None for
+            none.
+        flat: windows and strides are (1, n) and run along the flattened tokens of the grid, or of each tile.
+        sample_window: pooling window of the global samples. A tile may be too small for it.
     """
 
     grid: tuple[int, int]
@@ -41,6 +42,7 @@ class KeyLayout(NamedTuple):
     pad: tuple[int, int] = (0, 0)
     samples: tuple[int, int] | None = None
     flat: bool = False
+    sample_window: tuple[int, int] = (1, 1)
 
     @property
     def tokens(self) -> int:
@@ -64,11 +66,11 @@ class KeyLayout(NamedTuple):
 
     def local_tokens(self, group: tuple[Run, Run], border: str = "keep") -> int:
         """Keys that one tile of a group keeps of its own tokens."""
-        return self._count((group[0].size, group[1].size), self.window, border)
+        return self._count((group[0].size, group[1].size), self.window, self.window, border)
 
     def sample_tokens(self, border: str = "keep") -> int:
         """Global samples that every query sees."""
-        return self._count(self.grid, self.samples, border) if self.samples else 0
+        return self._count(self.grid, self.sample_window, self.samples, border) if self.samples else 0
 
     def gathered_tokens(self, border: str = "keep") -> int:
         """Tokens of one image that `reduce_tokens` returns: all tiles' own keys, and the global samples once."""
@@ -84,10 +86,10 @@ class KeyLayout(NamedTuple):
         own = sum(_tiles(g) * g[0].size * g[1].size * self.local_tokens(g, border) for g in self.groups())
         return own + self.tokens * self.sample_tokens(border)
 
-    def _count(self, size: tuple[int, int], stride: tuple[int, int], border: str) -> int:
+    def _count(self, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], border: str) -> int:
         if self.flat:
             size = (1, size[0] * size[1])
-        rows, columns = (windows(*axis, border) for axis in zip(size, self.window, stride, strict=True))
+        rows, columns = (windows(*axis, border) for axis in zip(size, window, stride, strict=True))
         return rows * columns
 
 

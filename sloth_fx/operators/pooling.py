@@ -81,7 +81,7 @@ def reduce_tokens(tokens: Tensor, layout: KeyLayout, pooling: Pooling) -> tuple[
     parts = [_reduce_group(grid, group, layout, pooling) for group in layout.groups()]
     if layout.samples:
         whole = grid.flatten(1, 2).unsqueeze(1) if layout.flat else grid
-        parts.append([x.flatten(1, 2) for x in _shrink(whole, layout.window, layout.samples, pooling)])
+        parts.append([x.flatten(1, 2) for x in _shrink(whole, layout.sample_window, layout.samples, pooling)])
     reduced = [torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
     return reduced[0], reduced[-1]
 

@@ -60,7 +60,7 @@ def reduce(tokens, layout, pooling, blend):
         ]
         if layout.samples:
             whole = everything(layout)
-            kept.append(samples(image, *whole, layout.window, layout.samples, pooling, blend, layout.flat))
+            kept.append(samples(image, *whole, layout.sample_window, layout.samples, pooling, blend, layout.flat))
         reduced.append(np.concatenate(kept))
     return np.stack(reduced)
 
@@ -89,7 +89,7 @@ def near_sighted(tokens, project, layout, pooling, halves=1, concat_local=False,
                 if layout.samples:
                     whole = everything(layout)
                     sets += [
-                        samples(images[i], *whole, layout.window, layout.samples, pooling, blend, layout.flat)
+                        samples(images[i], *whole, layout.sample_window, layout.samples, pooling, blend, layout.flat)
                         for i in (half if concat_global else [b])
                     ]
                 seen[name] = np.concatenate(sets) @ project[name]

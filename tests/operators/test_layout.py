@@ -1,16 +1,16 @@
-import by_hand
 import numpy as np
 import pytest
 
 from sloth_fx.operators import KeyLayout, Pooling
+from tests.operators import by_hand
 
 LAYOUTS = [
     KeyLayout((7, 11)),
     KeyLayout((7, 11), window=(3, 2)),
-    KeyLayout((13, 9), window=(2, 2), tile=(5, 5), samples=(4, 3)),
-    KeyLayout((13, 9), window=(2, 1), tile=(5, 5), pad=(1, 1), samples=(3, 2)),
-    KeyLayout((9, 11), window=(4, 4), tile=(4, 4), pad=(2, 0), samples=(6, 5)),
-    KeyLayout((13, 9), window=(1, 4), tile=(5, 5), pad=(2, 0), samples=(1, 7), flat=True),
+    KeyLayout((13, 9), window=(2, 2), tile=(5, 5), samples=(4, 3), sample_window=(2, 2)),
+    KeyLayout((13, 9), window=(2, 1), tile=(5, 5), pad=(1, 1), samples=(3, 2), sample_window=(2, 1)),
+    KeyLayout((9, 11), window=(4, 4), tile=(4, 4), pad=(2, 0), samples=(6, 5), sample_window=(5, 7)),
+    KeyLayout((13, 9), window=(1, 4), tile=(5, 5), pad=(2, 0), samples=(1, 7), sample_window=(1, 4), flat=True),
 ]
 
 
@@ -20,7 +20,7 @@ def test_counts_are_those_of_the_sets(layout, border):
     pooling, image = Pooling(border=border), np.zeros((*layout.grid, 1))
     stride, window = layout.samples, layout.window
     far = (
-        len(by_hand.samples(image, *by_hand.everything(layout), window, stride, pooling, 0, layout.flat))
+        len(by_hand.samples(image, *by_hand.everything(layout), layout.sample_window, stride, pooling, 0, layout.flat))
         if stride
         else 0
     )

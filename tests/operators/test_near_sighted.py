@@ -1,10 +1,10 @@
-import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout, Pooling, near_sighted_attention, reduce_tokens
+from tests.operators import by_hand
 
 SIZES = {"q": 4, "k": 4, "v": 6}  # channels of a head; values have a size of their own
 LAYOUTS = {
@@ -16,10 +16,10 @@ LAYOUTS = {
 }
 POOLED = {
     "untiled": KeyLayout((13, 9), window=(2, 3)),
-    "tiles": KeyLayout((12, 8), window=(2, 2), tile=(6, 4), samples=(4, 4)),
-    "edge-tiles": KeyLayout((13, 9), window=(2, 2), tile=(5, 5), samples=(5, 4)),
-    "padded-around": KeyLayout((7, 11), window=(2, 1), tile=(3, 4), pad=(1, 1), samples=(3, 2)),
-    "flat": KeyLayout((13, 9), window=(1, 4), tile=(5, 5), pad=(2, 0), samples=(1, 9), flat=True),
+    "tiles": KeyLayout((12, 8), window=(2, 2), tile=(6, 4), samples=(4, 4), sample_window=(2, 2)),
+    "edge-tiles": KeyLayout((13, 9), window=(2, 2), tile=(5, 5), samples=(5, 4), sample_window=(2, 2)),
+    "padded-around": KeyLayout((7, 11), window=(2, 1), tile=(3, 4), pad=(1, 1), samples=(3, 2), sample_window=(2, 1)),
+    "flat": KeyLayout((13, 9), window=(1, 4), tile=(5, 5), pad=(2, 0), samples=(1, 9), sample_window=(1, 4), flat=True),
     "no-samples": KeyLayout((13, 9), window=(3, 2), tile=(5, 5), pad=(1, 1)),
 }
 POOLINGS = [Pooling(), Pooling("avg", 1.0, 1.0), Pooling("max", 0.3, 0.8), Pooling("avg", 0.3, 0.8, "crop")]
@@ -86,7 +86,7 @@ def test_images_of_one_half_meet_as_asked(concat_local, concat_global, halves, b
 
 
 def test_a_large_odd_grid():
-    layout = KeyLayout((61, 93), window=(3, 2), tile=(31, 31), pad=(1, 0), samples=(7, 6))
+    layout = KeyLayout((61, 93), window=(3, 2), tile=(31, 31), pad=(1, 0), samples=(7, 6), sample_window=(3, 2))
     tokens, weights = site(layout, batch=1, heads=1)
     pooling = Pooling("avg", 0.3, 0.8)
     result = rewritten(tokens.float(), weights, layout, pooling)
@@ -166,7 +166,7 @@ def test_gradients(concat):
 
 
 def test_gradients_of_gathered_keys():
-    layout = KeyLayout((3, 4), window=(2, 1), tile=(2, 3), samples=(2, 2))
+    layout = KeyLayout((3, 4), window=(2, 1), tile=(2, 3), samples=(2, 2), sample_window=(2, 1))
     tensors = [
         torch.randn(1, 1, n, 1, dtype=torch.float64, requires_grad=True) for n in (12, *[layout.gathered_tokens()] * 2)
     ]
@@ -205,7 +205,7 @@ def test_one_full_graph_for_each_distinct_layout(merge):
 @pytest.mark.parametrize("merge", ["concat", "lse"])
 def test_inductor(merge):
     torch._dynamo.reset()
-    layout = KeyLayout((6, 7), window=(2, 1), tile=(3, 4), samples=(3, 3))
+    layout = KeyLayout((6, 7), window=(2, 1), tile=(3, 4), samples=(3, 3), sample_window=(2, 1))
     module, tokens = Site(layout, merge), torch.randn(2, 42, 8)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(module, fullgraph=True)(tokens), module(tokens))

@@ -1,10 +1,10 @@
-import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout, Pooling, axis_strides, flat_stride, reduce_tokens
+from tests.operators import by_hand
 
 LAYOUTS = {
     "plain": KeyLayout((13, 9), window=(3, 2)),
@@ -13,13 +13,19 @@ LAYOUTS = {
     "flat": KeyLayout((7, 11), window=(1, 5), flat=True),
     "tiles": KeyLayout((13, 9), window=(2, 2), tile=(5, 5)),
     "tiles-unpooled": KeyLayout((7, 11), tile=(4, 4), pad=(1, 0), samples=(3, 4)),
-    "tiles-that-divide": KeyLayout((12, 8), window=(2, 2), tile=(6, 4), samples=(4, 4)),
-    "tiles-that-divide-one-axis": KeyLayout((12, 13), window=(2, 2), tile=(6, 5), samples=(4, 4)),
-    "tiles-padded": KeyLayout((13, 9), window=(2, 3), tile=(5, 5), pad=(1, 1), samples=(5, 4)),
-    "window-over-edge-tile": KeyLayout((9, 11), window=(4, 4), tile=(4, 4), pad=(2, 0), samples=(6, 5)),
-    "tiles-flat": KeyLayout((13, 9), window=(1, 4), tile=(5, 5), pad=(0, 1), samples=(1, 10), flat=True),
-    "samples-overlap": KeyLayout((10, 13), window=(4, 3), tile=(5, 7), samples=(2, 2)),
-    "samples-overlap-flat": KeyLayout((7, 11), window=(1, 5), tile=(4, 6), samples=(1, 3), flat=True),
+    "tiles-that-divide": KeyLayout((12, 8), window=(2, 2), tile=(6, 4), samples=(4, 4), sample_window=(2, 2)),
+    "tiles-that-divide-one-axis": KeyLayout((12, 13), window=(2, 2), tile=(6, 5), samples=(4, 4), sample_window=(2, 2)),
+    "tiles-padded": KeyLayout((13, 9), window=(2, 3), tile=(5, 5), pad=(1, 1), samples=(5, 4), sample_window=(2, 3)),
+    "window-over-edge-tile": KeyLayout(
+        (9, 11), window=(4, 4), tile=(4, 4), pad=(2, 0), samples=(6, 5), sample_window=(5, 7)
+    ),
+    "tiles-flat": KeyLayout(
+        (13, 9), window=(1, 4), tile=(5, 5), pad=(0, 1), samples=(1, 10), sample_window=(1, 4), flat=True
+    ),
+    "samples-overlap": KeyLayout((10, 13), window=(4, 3), tile=(5, 7), samples=(2, 2), sample_window=(4, 3)),
+    "samples-overlap-flat": KeyLayout(
+        (7, 11), window=(1, 5), tile=(4, 6), samples=(1, 3), sample_window=(1, 5), flat=True
+    ),
     "samples-untiled": KeyLayout((7, 11), samples=(2, 3)),
 }
 BLENDS = [(0.0, 0.0), (1.0, 1.0), (0.3, 0.8), (0.0, 1.0), (0.5, 0.0)]
@@ -73,7 +79,7 @@ def test_only_what_the_blends_need_is_computed(monkeypatch):
 
 def test_nothing_but_the_result_is_written():
     tokens = torch.randn(2, 64 * 64, 32)
-    layout = KeyLayout((64, 64), window=(2, 2), tile=(32, 32), samples=(8, 8))
+    layout = KeyLayout((64, 64), window=(2, 2), tile=(32, 32), samples=(8, 8), sample_window=(2, 2))
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         reduced, _ = reduce_tokens(tokens, layout, Pooling("avg", 1.0, 1.0))
     written = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)

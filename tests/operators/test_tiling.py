@@ -1,12 +1,12 @@
 import doctest
 
-import by_hand
 import pytest
 import torch
 
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import Run, runs, tile_size, tiling
 from sloth_fx.operators.tiling import cut, paste
+from tests.operators import by_hand
 
 
 @pytest.mark.parametrize(
