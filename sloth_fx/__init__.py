@@ -3,9 +3,11 @@
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import SlothError
 from sloth_fx.inspection import context, graph, inspect, report
+from sloth_fx.operators import KeyLayout
 from sloth_fx.report import Report
 from sloth_fx.schedule import Constant, Moment, NoiseSchedule, PeakDecay, StepDecay
 from sloth_fx.serialize import load_spec
+from sloth_fx.site import AttentionSite
 from sloth_fx.spec import NearSightedAttention, NearSightedTile, Reduction, SlothfulAttention
 from sloth_fx.transform import transform
 from sloth_fx.warmup import warmup
@@ -13,7 +15,9 @@ from sloth_fx.warmup import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionSite",
     "Constant",
+    "KeyLayout",
     "Moment",
     "NearSightedAttention",
     "NearSightedTile",

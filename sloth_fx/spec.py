@@ -132,7 +132,7 @@ class NearSightedTile:
 
     The rest:
 
-    max_depth: whole, 1..8; sites with depth > 2^(max_depth - 1) are not tiled.
+    max_depth: whole, 1..8; sites coarser than the latent by more than 2^(max_depth - 1) are not tiled.
     peak_tile_size, peak_global_ratio: the values at ratio 1 of the schedule, linear in between; None for no change.
     schedule: how far towards the peak, over the sampling run.
     mode, long_axis: global samples are strided along the flattened tokens ("1d") or, more along long_axis, in "2d".
@@ -171,9 +171,9 @@ class NearSightedTile:
         """Global ratio at a ratio of the schedule: global_ratio + (peak - global_ratio) * ratio."""
         return _lerp(self.global_ratio, self.peak_global_ratio, ratio)
 
-    def tiles(self, depth: float) -> bool:
-        """Whether sites at this depth (downscale ratio) are tiled: depth <= 2^(max_depth - 1)."""
-        return depth <= 2.0 ** (self.max_depth - 1)
+    def tiles(self, downscale: float) -> bool:
+        """Whether sites this much coarser than the latent are tiled: downscale <= 2^(max_depth - 1)."""
+        return downscale <= 2.0 ** (self.max_depth - 1)
 
     def reduction(self, stage: str) -> Reduction | None:
         """None in every stage: local keys and values are not pooled."""
@@ -184,7 +184,7 @@ class NearSightedTile:
     def from_node(cls, *, release: str = "2023-12-16", **values: Any) -> NearSightedTile:
         """The spec that does what the node does with these parameters; release "2023-12-16" or "later".
 
-        The first pads at random, the later one at the end. Raises SlothError for what the node does not know.
+        Raises SlothError for what the node does not know.
         """
         return cls(**_built(node_values.fields_of("NearSightedTile", release, values)))
 
@@ -234,9 +234,9 @@ class NearSightedAttention:
         """Global ratio at a ratio of the schedule: base + (peak - base) * ratio."""
         return _lerp(self.base_global_ratio, self.peak_global_ratio, ratio)
 
-    def tiles(self, depth: float) -> bool:
-        """Whether sites at this depth (downscale ratio) are tiled: depth <= 2^(max_depth - 1)."""
-        return depth <= 2.0 ** (self.max_depth - 1)
+    def tiles(self, downscale: float) -> bool:
+        """Whether sites this much coarser than the latent are tiled: downscale <= 2^(max_depth - 1)."""
+        return downscale <= 2.0 ** (self.max_depth - 1)
 
     def reduction(self, stage: str) -> Reduction:
         """The reduction in a stage ("in", "middle", "out"); the middle block takes in_."""

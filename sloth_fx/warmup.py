@@ -16,7 +16,8 @@ def warmup(patched: nn.Module, inputs: Any, *, steps: int | None = None, progres
 
     Args:
         patched: a patched model, compiled as it will be used (``torch.compile(patched)``, or with compiled blocks).
-        inputs: arguments for it, a dict (by keyword) or a tuple (by position), of the size that will be used.
+        inputs: arguments for it, a dict (by keyword) or a tuple (by position), in the size and the form that will be
+            used: torch may compile again for arguments by position where it was warmed up with keywords.
         steps: number of steps of the coming run; default: every set that any run can meet.
         progress: show a progress bar (on stderr, where tqdm is installed).
 

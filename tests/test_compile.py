@@ -1,5 +1,8 @@
 """torch.compile and torch.export of patched models: one graph for each set of strides and tiles, and never again."""
 
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -131,6 +134,19 @@ def test_undriven_model_breaks_no_graph_and_follows_its_timestep():
         assert torch.equal(run(model, values), outputs[-1])
     assert graphs() > 1
     assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_the_first_call_in_a_process_may_be_compiled():
+    """What runs outside of graphs has to exist before TorchDynamo looks on; an earlier eager call would hide it."""
+    code = (
+        "import torch, sloth_fx; from tests.test_compile import *\n"
+        "model, context, values = patched(SPECS['slothful'])\n"
+        "run(torch.compile(model, fullgraph=True, backend='eager'), values)\n"
+        "print(graphs(), context.progress)"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert done.stdout.split() == ["1", "0.5"], done.stderr[-2000:]
 
 
 def test_another_size_compiles_once_more():
