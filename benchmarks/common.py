@@ -34,7 +34,13 @@ def parser(doc: str | None, *, runs: int, sizes: str = "image edges in pixels") 
     options.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float32 on a CPU, else bfloat16")
     options.add_argument("--sizes", type=int, nargs="+", metavar="N", help=sizes)
     options.add_argument("--batch", type=int, help="1 on a CPU, else 2 (as with classifier-free guidance)")
-    options.add_argument("--compile", action="store_true", help="also with torch.compile")
+    options.add_argument(
+        "--compile",
+        nargs="?",
+        const="whole",
+        choices=("whole", "blocks"),
+        help="also compiled: whole models (the default), or only their repeated blocks, which takes far less time",
+    )
     options.add_argument("--runs", type=int, default=runs, help=f"at most so many runs of each side, default {runs}")
     options.add_argument(
         "--seconds", type=float, default=float("inf"), help=f"per comparison; {FEWEST_RUNS} runs are made in any case"
@@ -50,7 +56,7 @@ def model_parser(doc: str | None, *, runs: int) -> argparse.ArgumentParser:
     """Also ``--models``."""
     options = parser(doc, runs=runs)
     options.add_argument("--models", nargs="+", choices=tuple(CONFIGS), help="sd15 on a CPU, else sd15 and sdxl")
-    options.add_argument("--all", action="store_true", help="what a CPU leaves out above 512 pixels, too")
+    options.add_argument("--all", action="store_true", help="also what is left out because it takes long")
     return options
 
 
@@ -72,9 +78,9 @@ def parse(options: argparse.ArgumentParser, *, cpu: Mapping[str, Any], gpu: Mapp
     return parsed
 
 
-def slow(options: argparse.Namespace, size: int) -> bool:
-    """Whether a UNet call takes so long here that only the commonest setting is measured."""
-    return options.device.type == "cpu" and size > 512 and not options.all
+def slow(options: argparse.Namespace, size: int, mode: str) -> bool:
+    """Whether a UNet call, or compiling it, takes so long that only the commonest setting is measured."""
+    return (mode == "compiled" or (options.device.type == "cpu" and size > 512)) and not options.all
 
 
 def warmups(options: argparse.Namespace, mode: str) -> int:
@@ -144,11 +150,15 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def modes(options: argparse.Namespace) -> tuple[str, ...]:
-    return ("eager", "compiled") if options.compile else ("eager",)
+    return {None: ("eager",), "whole": ("eager", "compiled"), "blocks": ("eager", "compiled blocks")}[options.compile]
 
 
 def in_mode(model: Callable[..., Any], mode: str) -> Callable[..., Any]:
-    return torch.compile(model, dynamic=False) if mode == "compiled" else model
+    """What to call in a mode; compiling blocks changes the model itself."""
+    if mode == "compiled blocks" and hasattr(model, "compile_repeated_blocks"):
+        model.compile_repeated_blocks(dynamic=False)
+        return model
+    return model if mode == "eager" else torch.compile(model, dynamic=False)
 
 
 # Timing

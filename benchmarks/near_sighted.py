@@ -67,8 +67,8 @@ def arguments() -> argparse.Namespace:
     return parse(options, cpu={"sizes": [512, 1024]}, gpu={"sizes": [512, 1024, 2048]})
 
 
-def settings(options: argparse.Namespace, size: int) -> list[Setting]:
-    if slow(options, size):
+def settings(options: argparse.Namespace, size: int, mode: str) -> list[Setting]:
+    if slow(options, size, mode):
         return [Setting("Attention", options.progress[0])]
     return [Setting("Tile", None), *(Setting("Attention", progress) for progress in options.progress)]
 
@@ -114,12 +114,16 @@ def main() -> None:
         model(**inputs(model, 64, options))  # the first call of all takes longer than any other
         for size in options.sizes:
             example = inputs(model, size, options)
-            patched = {each: sloth_fx.transform(model, spec, example_inputs=example) for each, spec in SPECS.items()}
             for mode in modes(options):
                 torch.compiler.reset()
+                patched = {
+                    each: sloth_fx.transform(model, spec, example_inputs=example) for each, spec in SPECS.items()
+                }
                 runs = {each: in_mode(of, mode) for each, of in patched.items()}
-                sides: dict[str, Callable[[], Any]] = {"unpatched": partial(in_mode(model, mode), **example)}
-                chosen = settings(options, size)
+                sides: dict[str, Callable[[], Any]] = {
+                    "unpatched": partial(in_mode(sharing_copy(model), mode), **example)
+                }
+                chosen = settings(options, size, mode)
                 for setting in chosen:
                     sides |= sides_of(setting, model, patched[setting.spec], runs[setting.spec], example, mode)
                 timing = interleave(

@@ -177,19 +177,21 @@ def main() -> None:
         model(**inputs(model, 64, options))  # the first call of all takes longer than any other
         for size in options.sizes:
             example = inputs(model, size, options)
-            strengths = options.slothful[:1] if slow(options, size) else options.slothful
-            patched = {each: transformed(model, each, example) for each in strengths}
             for mode in modes(options):
                 torch.compiler.reset()
-                sides: dict[str, Callable[[], Any]] = {"unpatched": partial(in_mode(model, mode), **example)}
+                quick = slow(options, size, mode)
+                strengths = options.slothful[:1] if quick else options.slothful
+                unpatched = in_mode(sharing_copy(model), mode)
+                sides: dict[str, Callable[[], Any]] = {"unpatched": partial(unpatched, **example)}
                 chosen = []
-                for strength, each in patched.items():
-                    commonest = slow(options, size) or strength != strengths[0]
-                    run = in_mode(each, mode)
-                    for setting in settings(each, strength, commonest):
-                        chosen.append(setting)
-                        found = sides_of(setting, model, each, run, example, mode, options.tokens)
+                for strength in strengths:
+                    patched = transformed(model, strength, example)
+                    some = settings(patched, strength, quick or strength != strengths[0])
+                    run = in_mode(patched, mode)
+                    for setting in some:
+                        found = sides_of(setting, model, patched, run, example, mode, options.tokens)
                         sides.update({f"{side} {setting}": call for side, call in found.items()})
+                    chosen += some
                 timing = interleave(
                     sides, options, warmup=warmups(options, mode), what=f"reduction, {name}, {size} pixels, {mode}"
                 )

@@ -32,8 +32,8 @@ GPU = {
     "transform_time": [],
     "attention": ["--compile"],
     "overhead": ["--compile", "--runs", "50"],
-    "reduction": ["--compile", "--runs", "15"],
-    "near_sighted": ["--compile", "--runs", "15"],
+    "reduction": ["--compile", "blocks", "--runs", "15"],
+    "near_sighted": ["--compile", "blocks", "--runs", "15"],
 }
 
 

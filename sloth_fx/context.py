@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments, ModelAdapter, latent_size
 from sloth_fx.operators import KeyLayout
+from sloth_fx.phases import Phases, clocks
 from sloth_fx.plan import SitePlan
 from sloth_fx.schedule import Moment, NoiseSchedule
 
@@ -41,7 +45,7 @@ class TimestepContext:
     def __init__(self, model: nn.Module, adapter: ModelAdapter, phases: int | None) -> None:
         self._arguments = Arguments(model, adapter)
         self._noise = adapter.noise
-        self._phases = phases
+        self._phases = Phases(phases, by_sigma=False) if phases is not None else None
         self._plans: list[SitePlan] = []
         self._operators: list[list[Operator]] = []
         self._clocks: set[str] = set()
@@ -60,21 +64,22 @@ class TimestepContext:
 
     def step(self, i: int, n: int) -> None:
         """Step ``i`` (0 to n - 1) of ``n`` is about to run: progress = i / n. Raises :class:`SlothError` otherwise."""
-        if not (_is_int(i) and _is_int(n) and 0 <= i < n):
+        index, steps = _integer(i), _integer(n)
+        if index is None or steps is None or not 0 <= index < steps:
             raise SlothError(f"step(i={i!r}, n={n!r}): n counts the steps of the run, and i goes from 0 to n - 1")
-        self._steps = n
-        self._drive(i / n, None)
+        self._drive(index / steps, None)
+        self._steps = steps
 
     def at(self, progress: float, sigma: float | None = None) -> None:
         """The run is at ``progress`` (0: start, 1: end), at noise level ``sigma`` (> 0; default: the model's own
         schedule at that progress). Raises :class:`SlothError` for anything else.
         """
-        if not (_is_number(progress) and 0 <= progress <= 1):
+        place, level = _number(progress), None if sigma is None else _number(sigma)
+        if not 0 <= place <= 1:
             raise SlothError(f"progress={progress!r}: it goes from 0 (start of sampling) to 1 (its end)")
-        if sigma is not None and not (_is_number(sigma) and 0 <= sigma < math.inf):
+        if level is not None and not 0 <= level < math.inf:
             raise SlothError(f"sigma={sigma!r}: a noise level is a number from 0")
-        self._steps = None
-        self._drive(float(progress), None if sigma is None else float(sigma))
+        self._drive(place, level)
 
     def auto(self, noise: NoiseSchedule | None = None) -> None:
         """Follow the timestep argument of each call again.
@@ -95,9 +100,9 @@ class TimestepContext:
 
     @halves.setter
     def halves(self, halves: int) -> None:
-        if not (_is_int(halves) and halves >= 1):
+        if (count := _integer(halves)) is None or count < 1:
             raise SlothError(f"halves={halves!r}: the number of conditioning groups in the batch, 1 or more")
-        self._halves = halves
+        self._halves = count
         self._apply()
 
     # What it knows
@@ -117,7 +122,7 @@ class TimestepContext:
         """Number of the present set of strides and tiles: with ``phases=K`` the K-th of the run the moment lies in,
         else in order of first appearance. Each is one compiled graph."""
         if self._phases is not None:
-            return self._bin(self._moment)
+            return self._phases.number(self._moment)
         return self._sets.setdefault(self.layouts(), len(self._sets)) if self._latent is not None else 0
 
     @property
@@ -141,8 +146,8 @@ class TimestepContext:
         return list(distinct.values())
 
     def _run(self, steps: int | None) -> list[Moment]:
-        if steps is None and self._phases is not None and self._clocks:
-            return [self._middle_of(phase) for phase in range(self._phases)]
+        if steps is None and self._phases is not None:
+            return [self._phases.middle(phase) for phase in range(self._phases.count)]
         count = steps or _TIMESTEPS
         return [self._with_sigma(i / count, None) for i in range(count)]
 
@@ -167,6 +172,8 @@ class TimestepContext:
         self._plans.append(plan)
         self._operators.append(operators)
         self._clocks |= clocks([plan])
+        if self._phases is not None:
+            self._phases = replace(self._phases, by_sigma="sigma" in self._clocks)
 
     def resize(self, latent: tuple[int, int]) -> None:
         """The latent has (rows, columns) ``latent``. Each call of the model says so by itself."""
@@ -196,6 +203,7 @@ class TimestepContext:
         moment = self._with_sigma(progress, sigma)
         self._check(moment)
         self._driven = True
+        self._steps = None
         self._moment = moment
         self._apply()
 
@@ -216,7 +224,8 @@ class TimestepContext:
     def _layouts(self, moment: Moment) -> Layouts:
         if self._latent is None:
             raise SlothError("the size of the latent is not known yet: run the patched model once")
-        moment = self._representative(moment)
+        if self._phases is not None:
+            moment = self._phases.middle(self._phases.number(moment))
         return tuple(plan.layout(moment, self._latent) for plan in self._plans)
 
     def _check(self, moment: Moment) -> None:
@@ -233,21 +242,6 @@ class TimestepContext:
         if sigma is None and self._noise is not None:
             sigma = self._noise.sigma((1 - progress) * _TIMESTEPS if timestep is None else timestep)
         return Moment(progress, sigma)
-
-    def _bin(self, moment: Moment) -> int:
-        assert self._phases is not None
-        return min(int(_time(moment, self._clocks) * self._phases), self._phases - 1)
-
-    def _representative(self, moment: Moment) -> Moment:
-        """The moment at which all of a phase is evaluated: its middle."""
-        if self._phases is None or not self._clocks:
-            return moment
-        return self._middle_of(self._bin(moment))
-
-    def _middle_of(self, phase: int) -> Moment:
-        assert self._phases is not None
-        middle = (phase + 0.5) / self._phases
-        return Moment(middle, math.exp(5 * (1 - middle) - 2.2)) if "sigma" in self._clocks else Moment(middle)
 
     def _warn_of_recompiles(self) -> None:
         """torch stops compiling in silence after ``recompile_limit`` graphs of one function."""
@@ -266,44 +260,28 @@ class TimestepContext:
                 )
 
 
-def clocks(plans: Iterable[SitePlan]) -> set[str]:
-    """What the plans depend on: "progress", "sigma", both or nothing."""
-    found: set[str] = set()
-    for plan in plans:
-        found.update(spec.schedule.clock for spec in plan.specs if spec.schedule.clock is not None)
-        if plan.tiling is not None and plan.tiling.pad == "random":
-            found.add("progress")
-    return found
-
-
-def _time(moment: Moment, clocks: set[str]) -> float:
-    """The moment on its own clock, from 0 to 1: progress, or how far ln sigma has come from 2.8 to -2.2."""
-    if "sigma" not in clocks:
-        return moment.progress
-    sigma = moment.sigma or 0.0
-    return 1 - min(max((math.log(sigma) + 2.2) / 5, 0.0), 1.0) if sigma > 0 else 1.0
-
-
 def _one_number(timestep: Any) -> float:
     if isinstance(timestep, torch.Tensor) and timestep.numel() > 0:
-        try:
-            low, high = (float(bound) for bound in torch.aminmax(timestep))
-        except RuntimeError as error:  # a fake tensor: the model is being exported or analysed
-            raise SlothError("the timestep has no value here: drive the context with at(progress)") from error
-        if low != high:
+        if torch.compiler.is_exporting() or is_fake(timestep):
+            raise SlothError("the timestep has no value here: drive the context with at(progress)")
+        values = set(timestep.flatten().tolist())
+        if len(values) > 1:
             raise SlothError(
-                f"the timesteps of this batch differ ({low:g} to {high:g}), so it has no single moment: drive the "
-                "context with at(progress), or use schedule=Constant()"
+                f"the timesteps of this batch differ ({min(values):g} to {max(values):g}), so it has no single moment: "
+                "drive the context with at(progress), or use schedule=Constant()"
             )
-        return low
-    if _is_number(timestep):
+        return float(values.pop())
+    if isinstance(timestep, numbers.Real):
         return float(timestep)
     raise SlothError("this call has no timestep to follow: drive the context with step(i, n) or at(progress)")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _integer(value: Any) -> int | None:
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float:
+    """``value`` as a float, NaN for what is no number; schedulers give tensors of one element."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan

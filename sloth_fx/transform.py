@@ -10,12 +10,13 @@ from torch import nn
 
 from sloth_fx.bind import bind, clone
 from sloth_fx.capture.capture import Call
-from sloth_fx.context import TimestepContext, clocks
+from sloth_fx.context import TimestepContext
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import as_call, survey
 from sloth_fx.model_adapters import adapter_for
 from sloth_fx.owners import OwnerRewriter, RewrittenOwner
 from sloth_fx.patch import Patch, is_patched
+from sloth_fx.phases import clocks
 from sloth_fx.plan import make_plan
 from sloth_fx.report import Report, SiteReport
 from sloth_fx.spec import Spec

@@ -105,21 +105,14 @@ def shared(name: str) -> nn.Module:
 
 
 def inputs(
-    model: nn.Module,
-    batch: int = 2,
-    height: int = 13,
-    width: int = 21,
-    *,
-    timestep: Any = 500,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 1,
+    model: nn.Module, batch: int = 2, height: int = 13, width: int = 21, *, timestep: Any = 500
 ) -> dict[str, Any]:
     """Arguments for a call of ``model``; every image and text of the batch differs."""
     config: Any = model.config
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(dtype)
+        return torch.randn(*shape, generator=random)
 
     found = {"sample": noise(batch, config.in_channels, height, width), "timestep": timestep}
     if isinstance(model, UNet2DConditionModel):

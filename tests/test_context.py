@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,13 @@ def test_step_counts_from_zero(context):
     assert context.progress == 0
     context.step(3, 4)
     assert context.progress == 0.75
+
+
+def test_numbers_may_be_numpys_or_tensors(context):
+    context.step(np.int64(1), np.int32(4))
+    assert context.progress == 0.25
+    context.at(np.float32(0.5), sigma=torch.tensor(2.5))
+    assert (context.progress, context.sigma) == (0.5, 2.5)
 
 
 @pytest.mark.parametrize("step", [(-1, 4), (4, 4), (0, 0), (1.0, 4), (True, 4), ("1", 4)])
