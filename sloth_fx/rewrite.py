@@ -19,6 +19,7 @@ from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import Attend, AttentionCore, attention_cores
 from sloth_fx.passes.reduce_kv import KeyValueReduction, reduce_kv
+from sloth_fx.passes.simplify import simplify
 from sloth_fx.passes.tile_queries import tile_queries
 from sloth_fx.plan import SitePlan
 
@@ -54,6 +55,7 @@ def rewrite(capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan],
     Raises :class:`SlothError` where the graph has no such attention, or one that the operators do not fit.
     """
     canonicalise(capture.graph)
+    simplify(capture.graph)
     for hoist in (True, False):
         graph = copy.deepcopy(capture.graph)
         cores = attention_cores(graph)

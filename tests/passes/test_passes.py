@@ -1,5 +1,7 @@
 """The graph passes, each on a module small enough to read: what goes where, and that nothing else changes."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from sloth_fx.operators import KeyLayout, Pooling
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import attention_cores
 from sloth_fx.passes.reduce_kv import KeyValueReduction, reduce_kv
+from sloth_fx.passes.simplify import simplify
 from sloth_fx.passes.tile_queries import TiledAttention, tile_queries
 from sloth_fx.rewrite import generate
 
@@ -222,6 +225,26 @@ def test_tiling_takes_the_place_of_the_core(kind):
     same = tile_of[:, None] == tile_of[None]
     tiled = F.scaled_dot_product_attention(q, module.norm_k(k), v, attn_mask=same).transpose(1, 2).flatten(2)
     assert torch.allclose(function(module, x), tiled, atol=1e-6)
+
+
+class Rescaled(Attention):
+    factor, in_place = 1.0, False
+
+    def forward(self, x):
+        x = self.to_q(x)
+        if self.in_place:
+            x[:, 0] = 0
+        return (x / self.factor) * 1
+
+
+@pytest.mark.parametrize(("factor", "in_place", "left"), [(1.0, False, 0), (2.0, False, 1), (1.0, True, 2)])
+def test_arithmetic_that_changes_nothing_goes(factor, in_place, left):
+    module, x = Rescaled(), tokens()
+    module.factor, module.in_place = factor, in_place
+    graph = graph_of(module).graph
+    assert simplify(graph) is (left < 2)
+    assert sum(node.target in (operator.mul, operator.truediv) for node in graph.nodes) == left
+    assert torch.equal(generate(graph, "test")(module, x), module(x))
 
 
 def test_operators_have_no_state_and_show_themselves():
