@@ -58,32 +58,31 @@ class SitePlan:
         grid = self.site.grid_at(latent)
         if grid is None:
             raise SlothError(f"{self.site.name}: the grid of its {self.site.q_tokens} tokens is not known")
-        stride = self._stride(moment, grid, latent)
-        tile = self._tile(moment, grid)
+        stride, tile = self._stride(moment, grid, latent), self._tile(moment, grid)
+        flat, long_axis = self._direction(stride)
+
+        def along(factor: float, area: tuple[int, int]) -> tuple[int, int]:
+            return flat_stride(factor, math.prod(area)) if flat else axis_strides(factor, area, long_axis)
+
+        window = along(stride, tile or grid) if stride > 1 else (1, 1)
+        if self.tiling is None or tile is None:
+            return KeyLayout(grid, window, flat=flat and stride > 1)
+        layout = KeyLayout(grid, window, tile, self._pad(moment, grid, tile), flat=flat)
+        ratio = self.tiling.global_ratio_at(ratio_at(self.tiling.schedule, moment))
+        if ratio <= 0:
+            return layout
+        tiles = math.prod(math.ceil(size / part) for size, part in zip(grid, tile, strict=True))
+        return layout._replace(
+            samples=along(max(1.0, stride) * tiles / ratio, grid),
+            sample_window=along(stride, grid) if stride > 1 else (1, 1),
+        )
+
+    def _direction(self, stride: float) -> tuple[bool, str]:
+        """Whether windows and samples run along the flattened tokens, and which axis otherwise takes more."""
+        if isinstance(self.tiling, NearSightedTile) and stride <= 1:
+            return self.tiling.mode == "1d", self.tiling.long_axis
         reduction = self.reduction
-        flat = stride > 1 and reduction is not None and reduction.mode.startswith("1d")
-        long_axis = reduction.long_axis if reduction is not None else "y"
-        local = tile or grid
-        window = (1, 1)
-        if stride > 1:
-            window = flat_stride(stride, math.prod(local)) if flat else axis_strides(stride, local, long_axis)
-        if tile is None:
-            return KeyLayout(grid, window, flat=flat and window != (1, 1))
-        tiling = self.tiling
-        assert tiling is not None
-        if stride <= 1 and isinstance(tiling, NearSightedTile):
-            flat, long_axis = tiling.mode == "1d", tiling.long_axis
-        elif reduction is not None:
-            flat = reduction.mode.startswith("1d")
-        samples, reach = None, (1, 1)
-        ratio = tiling.global_ratio_at(ratio_at(tiling.schedule, moment))
-        if ratio > 0:
-            tiles = math.prod(math.ceil(size / part) for size, part in zip(grid, tile, strict=True))
-            apart = max(1.0, stride) * tiles / ratio
-            samples = flat_stride(apart, math.prod(grid)) if flat else axis_strides(apart, grid, long_axis)
-            if stride > 1:
-                reach = flat_stride(stride, math.prod(grid)) if flat else axis_strides(stride, grid, long_axis)
-        return KeyLayout(grid, window, tile, self._pad(moment, grid, tile), samples, flat, reach)
+        return (reduction.mode.startswith("1d"), reduction.long_axis) if reduction is not None else (False, "y")
 
     def _stride(self, moment: Moment, grid: tuple[int, int], latent: tuple[int, int]) -> float:
         reduction = self.reduction

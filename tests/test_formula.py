@@ -409,7 +409,7 @@ def test_the_reference_without_specs_is_the_model():
 
 
 def test_phases_give_the_middle_of_each():
-    model = models.shared("sdxl")
+    model = models.shared("ssd1b")
     spec = SlothfulAttention(schedule=PeakDecay(peak_time=0.1, time_decay=3.0))
     patched = sloth_fx.transform(model, spec, phases=4)
     values = models.inputs(model)
@@ -421,7 +421,7 @@ def test_phases_give_the_middle_of_each():
 
 def test_random_padding_shifts_the_tiles_and_nothing_else():
     """Which shift it is depends on seed and time alone; each gives what the formulas give for it."""
-    model = models.shared("sdxl")
+    model = models.shared("ssd1b")
     spec = NearSightedTile(tile_size=5, max_depth=2, pad="random", where="down_blocks.1.*")  # one site, of 7 x 11
     values = models.inputs(model)
     pads = [(rows, columns) for rows in (0, 1) for columns in (0, 1)]  # 7 = 4 + 4 - 1, 11 = 4 + 4 + 4 - 1

@@ -102,7 +102,7 @@ def test_an_euler_loop_driven_by_step_and_sigma(name):
 
 def test_a_guided_batch_keeps_its_halves_apart():
     """Images of one half see each other, and nothing of the other half."""
-    model = models.shared("sdxl")
+    model = models.shared("ssd1b")
     spec = NearSightedTile(tile_size=5, concat_local=True, concat_global=True)
     patched = sloth_fx.transform(model, spec)
     context = sloth_fx.context(patched)
@@ -226,17 +226,17 @@ def test_cpu_offload_before_and_after_the_transform(use):
 
 
 def test_hooks_of_a_whole_model_are_kept_and_can_be_removed():
-    model = models.sdxl()
+    model = models.one_level()
     values = models.inputs(model)
     _, hook = accelerate.cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
     patched = sloth_fx.transform(model, SLOTHFUL)
     sloth_fx.context(patched).at(0.4)
     out = models.run(patched, values)
-    assert close(out, reference.predict(models.shared("sdxl"), [SLOTHFUL], values, progress=0.4))
+    assert close(out, reference.predict(models.shared("one_level"), [SLOTHFUL], values, progress=0.4))
     accelerate.hooks.remove_hook_from_module(patched, recurse=True)
     assert torch.equal(models.run(patched, values), out)
     hook.remove()
-    assert torch.equal(models.run(model, values), models.run(models.shared("sdxl"), values))
+    assert torch.equal(models.run(model, values), models.run(models.shared("one_level"), values))
 
 
 class Doubled(accelerate.hooks.ModelHook):
@@ -248,7 +248,7 @@ class Doubled(accelerate.hooks.ModelHook):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_on_the_attention_itself_are_kept_and_can_be_removed(when):
-    model = models.sdxl()
+    model = models.ssd1b()
     values = models.inputs(model)
     patched = sloth_fx.transform(model, SLOTHFUL)
     sloth_fx.context(patched).at(0.4)
@@ -274,13 +274,15 @@ def test_hooks_on_the_attention_itself_are_kept_and_can_be_removed(when):
 
 def test_fused_projections():
     """Queries, keys and values of one projection: averages are pooled behind it, which comes to the same."""
-    model = models.sdxl()
+    model = models.ssd1b()
     model.fuse_qkv_projections()
     values = models.inputs(model)
     for specs in ([SLOTHFUL], [NEAR]):
         patched = sloth_fx.transform(model, specs)
         sloth_fx.context(patched).at(0.4)
-        assert close(models.run(patched, values), reference.predict(models.shared("sdxl"), specs, values, progress=0.4))
+        assert close(
+            models.run(patched, values), reference.predict(models.shared("ssd1b"), specs, values, progress=0.4)
+        )
     neutral = sloth_fx.transform(model, OFF)
     assert torch.equal(models.run(neutral, values), models.run(model, values))
 

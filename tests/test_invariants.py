@@ -41,7 +41,7 @@ def patched_at(model: nn.Module, specs: Any, progress: float) -> nn.Module:
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_parameters_change_no_bit(name):
-    model = models.shared("sdxl")
+    model = models.shared("ssd1b")
     patched = patched_at(model, NEUTRAL[name], 0.0)
     for batch, size in ((1, (13, 21)), (2, (16, 16)), (3, (19, 29)), (4, (8, 12))):
         values = models.inputs(model, batch, *size)
@@ -59,7 +59,7 @@ def test_neutral_parameters_change_no_bit_of_any_model(name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_neutral_parameters_in_other_types_after_the_transform(dtype):
-    model = models.shared("sdxl")
+    model = models.shared("one_level")
     plain = copy.deepcopy(model).to(dtype)
     values = models.cast(models.inputs(model), dtype)
     for specs in (NEUTRAL["slothful"], NEUTRAL["near-sighted"]):
@@ -68,7 +68,7 @@ def test_neutral_parameters_in_other_types_after_the_transform(dtype):
 
 
 def test_neutral_parameters_in_channels_last():
-    model = models.sdxl().to(memory_format=torch.channels_last)
+    model = models.one_level().to(memory_format=torch.channels_last)
     values = models.inputs(model)
     values["sample"] = values["sample"].to(memory_format=torch.channels_last)
     patched = patched_at(model, NEUTRAL["both"], 0.0)
@@ -109,11 +109,11 @@ def test_a_model_in_half_precision_is_transformed_as_it_is():
 
 
 def test_channels_last_changes_nothing_but_rounding():
-    model = models.sdxl().to(memory_format=torch.channels_last)
+    model = models.ssd1b().to(memory_format=torch.channels_last)
     values = models.inputs(model)
     values["sample"] = values["sample"].to(memory_format=torch.channels_last)
     for specs in (SLOTHFUL, NEAR):
-        expected = reference.predict(models.shared("sdxl"), [specs], values, progress=0.4)
+        expected = reference.predict(models.shared("ssd1b"), [specs], values, progress=0.4)
         out = models.run(patched_at(model, specs, 0.4), values)
         assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -127,7 +127,7 @@ def test_a_large_odd_latent():
 
 
 def test_sizes_alternate():
-    model = models.shared("sdxl")
+    model = models.shared("ssd1b")
     patched = patched_at(model, NEAR, 0.4)
     small, large = models.inputs(model, 1, 13, 21), models.inputs(model, 3, 24, 16)
     first = models.run(patched, small), models.run(patched, large)
@@ -139,7 +139,7 @@ def test_sizes_alternate():
 
 
 def test_the_original_never_changes():
-    model = models.sdxl()
+    model = models.one_level()
     values = models.inputs(model)
     before, state = models.run(model, values), models.state_of(model)
     patched = sloth_fx.transform(model, [SLOTHFUL, NearSightedTile(tile_size=5)])
@@ -165,7 +165,7 @@ def test_a_failed_transform_leaves_the_original_as_it_was():
 
 
 def test_the_clone_is_the_same_model_over_the_same_memory():
-    model = models.sdxl()
+    model = models.ssd1b()
     patched = sloth_fx.transform(model, NEAR)
     assert type(patched) is type(model)
     assert patched.config == model.config
@@ -176,8 +176,8 @@ def test_the_clone_is_the_same_model_over_the_same_memory():
     with torch.no_grad():
         model.conv_in.weight.mul_(2)
     assert torch.equal(patched.conv_in.weight, model.conv_in.weight)
-    patched.load_state_dict(models.shared("sdxl").state_dict())
-    assert torch.equal(patched.conv_in.weight, models.shared("sdxl").conv_in.weight)
+    patched.load_state_dict(models.shared("ssd1b").state_dict())
+    assert torch.equal(patched.conv_in.weight, models.shared("ssd1b").conv_in.weight)
 
 
 def test_moving_or_casting_the_clone_leaves_the_original():
@@ -206,7 +206,7 @@ def test_tied_parameters_stay_tied():
 
 
 def test_a_deep_copy_has_a_context_and_results_of_its_own():
-    model = models.shared("sdxl")
+    model = models.shared("one_level")
     values = models.inputs(model)
     patched = patched_at(model, NEAR, 1.0)
     expected = {1.0: models.run(patched, values)}
@@ -274,7 +274,7 @@ def test_two_threads_do_not_see_each_other():
 
 
 def test_undriven_models_follow_each_calls_timestep():
-    model = models.shared("sdxl")
+    model = models.shared("ssd1b")
     patched = sloth_fx.transform(model, NEAR)
     context = sloth_fx.context(patched)
     for timestep in (999, torch.tensor(600), torch.tensor([250, 250]), 0.5):
@@ -290,7 +290,7 @@ def test_undriven_models_follow_each_calls_timestep():
 
 
 def test_a_training_step_through_a_patched_model():
-    model = models.sdxl()
+    model = models.one_level()
     patched = patched_at(model, [SLOTHFUL, NearSightedTile(tile_size=5)], 0.4).train()
     values = models.inputs(model)
     target = torch.randn_like(values["sample"])
@@ -367,7 +367,7 @@ def test_explicit_softmax_gives_what_fused_attention_gives():
 
 
 def test_example_inputs_as_keywords_and_by_position():
-    model = models.shared("sd15")
+    model = models.shared("one_level")
     values = models.inputs(model, 2, 13, 21)
     expected = models.run(patched_at(model, NEAR, 0.4), values)
     for example in (values, (values["sample"], 500, values["encoder_hidden_states"])):

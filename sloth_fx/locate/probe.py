@@ -77,7 +77,7 @@ class Probe(TorchFunctionMode):
         except Exception as error:
             raise SlothError(
                 f"{type(skeleton.model).__name__} does not run on these inputs ({_shapes(args, kwargs)}): "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; example_inputs= takes others"
             ) from error
         finally:
             for hook in hooks:
