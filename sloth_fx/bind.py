@@ -69,10 +69,24 @@ class Variant:
 
 @dataclass(eq=False)
 class Variants:
-    """What structurally identical owners share: their variants, and how to make one for a call not seen before."""
+    """What structurally identical owners share: their variants, and how to make one for a call not seen before.
+
+    ``held`` names the objects that the host's forward worked with when it was captured, such as an attention
+    processor, and their types: with others the capture is no longer what the host would do.
+    """
 
     known: list[Variant]
+    held: tuple[tuple[str, type], ...]
     recapture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Variant]
+
+    def check(self, owner: nn.Module) -> None:
+        for name, kind in self.held:
+            now = type(getattr(owner, name, None))
+            if now is not kind:
+                raise SlothError(
+                    f"the {name} of this {type(owner).__name__} was a {kind.__name__} when the model was transformed and "
+                    f"is a {now.__name__} now: change the original, and transform it again"
+                )
 
     def add(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture a call that no variant serves, and remember it."""
@@ -89,6 +103,7 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
     """The forward of owners that share ``variants``: one function object, so that compiled blocks can be reused."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        variants.check(self)
         pattern, tensors = read_call(args, kwargs)
         for variant in variants.known:
             if variant.serves(pattern, tensors):
@@ -105,6 +120,17 @@ def bind(owner: nn.Module, forward: Callable[..., Any], operators: Iterable[Mapp
     slot = "_old_forward" if "_hf_hook" in owner.__dict__ else "forward"  # accelerate's hook wraps what lies there
     owner.__dict__[_ORIGINAL] = owner.__dict__.get(slot)
     setattr(owner, slot, types.MethodType(forward, owner))
+
+
+def held_objects(owner: nn.Module) -> tuple[tuple[str, type], ...]:
+    """The attributes of a module that are objects of the host: no numbers, containers, tensors, modules, functions."""
+    return tuple(
+        (name, type(value))
+        for name, value in vars(owner).items()
+        if not name.startswith("_")
+        and type(value).__module__ != "builtins"
+        and not isinstance(value, (Tensor, nn.Module, torch.dtype, torch.device, types.FunctionType, types.MethodType))
+    )
 
 
 def unbound(owner: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sloth_fx.bind import Variant, Variants, make_forward, unbound
+from sloth_fx.bind import Variant, Variants, held_objects, make_forward, unbound
 from sloth_fx.capture import Skeleton, capture
 from sloth_fx.capture.call import read_call
 from sloth_fx.capture.capture import Call
@@ -64,7 +64,7 @@ class OwnerRewriter:
             calls = sum(site.path == path for site in self.found.sites)
             call, resized = self.found.calls[path], self.found.resized.get(structure)
             rewritten, variant = _variant(self.found.skeleton, owner, call, resized, plans, calls)
-            variants = Variants([variant], _Recapture(plans, calls))
+            variants = Variants([variant], held_objects(owner), _Recapture(plans, calls))
             self._shared[key] = RewrittenOwner(rewritten, make_forward(variants))
         return self._shared[key]
 

@@ -37,7 +37,8 @@ class AttentionSite:
     @property
     def name(self) -> str:
         """``path``, with the number of the call where the owner has several."""
-        return f"{self.path}[{self.call}]" if self.call else self.path
+        path = self.path or "(the model itself)"
+        return f"{path}[{self.call}]" if self.call else path
 
     @property
     def downscale(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 import sloth_fx
@@ -369,3 +370,14 @@ def test_a_noise_schedule_that_is_not_known():
         context.at(0.4)
     with pytest.raises(SlothError, match=r"sigma.*noise schedule"):
         context.step(2, 5)
+
+
+@pytest.mark.parametrize("change", ["set_attn_processor", "fuse_qkv_projections", "set_attention_slice"])
+def test_a_processor_exchanged_after_the_transform(change):
+    patched = sloth_fx.transform(models.one_level(), SPEC)
+    values = models.inputs(patched)
+    models.run(patched, values)
+    arguments = {"set_attn_processor": (AttnProcessor(),), "set_attention_slice": ("max",)}.get(change, ())
+    getattr(patched, change)(*arguments)
+    with pytest.raises(SlothError, match=r"processor of this Attention was a AttnProcessor2_0 .* transform it again"):
+        models.run(patched, values)
