@@ -84,7 +84,7 @@ class Variants:
             now = type(getattr(owner, name, None))
             if now is not kind:
                 raise SlothError(
-                    f"the {name} of this {type(owner).__name__} was a {kind.__name__} when the model was transformed and "
+                    f"the {name} of this {type(owner).__name__} was a {kind.__name__} when it was captured and "
                     f"is a {now.__name__} now: change the original, and transform it again"
                 )
 
