@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sloth_fx.capture.call import read_call
+from sloth_fx.copying import copy_module
 from sloth_fx.errors import SlothError
 
 _ORIGINAL = "_sloth_fx_original_forward"
@@ -24,43 +23,36 @@ def clone(model: nn.Module) -> nn.Module:
     Parameters and buffers are new tensor objects (one per distinct tensor, so ties survive): moving or casting the
     copy leaves the original as it is. Everything else (processors, bound methods, hooks) is copied.
     """
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = _alias(tensor)
-    with _SharedTensors():
-        return copy.deepcopy(model, memo)
+    try:
+        return copy_module(model, _alias)
+    except Exception as error:
+        raise SlothError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
 
 
 def _alias(tensor: Tensor) -> Tensor:
     alias: Tensor = tensor.detach()
     if isinstance(tensor, nn.Parameter):
         alias = nn.Parameter(alias, requires_grad=tensor.requires_grad)
+        alias.__dict__.update(tensor.__dict__)
     return alias
-
-
-class _SharedTensors(TorchFunctionMode):
-    """While the model is copied: tensors it holds in other places (an offload hook's weights) are shared too."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _alias(args[0]) if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class Variant:
     """One generated function and the calls it serves.
 
-    ``sizes`` and ``types`` are ``None`` where the capture follows the tensors that arrive, else what it was made for.
+    ``sizes``, ``types`` and ``training`` are ``None`` where the capture follows what arrives, else what it was made
+    for.
     """
 
     pattern: tuple[Any, ...]
     function: Callable[..., Any]
     sizes: list[torch.Size] | None = None
     types: list[tuple[torch.dtype, torch.device]] | None = None
+    training: bool | None = None
 
-    def serves(self, pattern: tuple[Any, ...], tensors: list[Tensor]) -> bool:
-        if self.pattern != pattern:
+    def serves(self, owner: nn.Module, pattern: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+        if self.pattern != pattern or self.training not in (None, owner.training):
             return False
         if self.sizes is not None and self.sizes != [tensor.shape for tensor in tensors]:
             return False
@@ -106,7 +98,7 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
         variants.check(self)
         pattern, tensors = read_call(args, kwargs)
         for variant in variants.known:
-            if variant.serves(pattern, tensors):
+            if variant.serves(self, pattern, tensors):
                 return variant.function(self, *tensors)
         return variants.add(self, args, kwargs).function(self, *tensors)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ class TimestepContext:
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter, phases: int | None) -> None:
         self._arguments = Arguments(model, adapter)
-        self._noise = adapter.noise
+        self._own_noise = self._noise = adapter.noise
         self._phases = Phases(phases, by_sigma=False) if phases is not None else None
         self._plans: list[SitePlan] = []
         self._operators: list[list[Operator]] = []
@@ -87,7 +87,9 @@ class TimestepContext:
         ``noise`` is the schedule that turns timesteps into sigmas; default: the model's own. Specs that need sigma
         (``StepDecay``) raise at the next call of a model whose schedule is not known.
         """
-        self._noise = noise if noise is not None else self._noise
+        if noise is not None and not isinstance(noise, NoiseSchedule):
+            raise SlothError(f"auto({noise!r:.80}): give a NoiseSchedule, or nothing for the model's own")
+        self._noise = noise if noise is not None else self._own_noise
         self._driven = False
         self._steps = None
 
@@ -148,7 +150,9 @@ class TimestepContext:
     def _run(self, steps: int | None) -> list[Moment]:
         if steps is None and self._phases is not None:
             return [self._phases.middle(phase) for phase in range(self._phases.count)]
-        count = steps or _TIMESTEPS
+        count = _TIMESTEPS if steps is None else _integer(steps)
+        if count is None or count < 1:
+            raise SlothError(f"steps={steps!r}: the number of steps of a run, 1 or more")
         return [self._with_sigma(i / count, None) for i in range(count)]
 
     def sigma_at(self, progress: float) -> float | None:
@@ -175,6 +179,12 @@ class TimestepContext:
         if self._phases is not None:
             self._phases = replace(self._phases, by_sigma="sigma" in self._clocks)
 
+    def try_layouts(self, plans: Iterable[SitePlan], latent: tuple[int, int]) -> None:
+        """Compute the layouts that ``plans`` would have now, for the errors that this may raise."""
+        if not any("sigma" in clocks([plan]) for plan in plans) or self._moment.sigma is not None:
+            for plan in plans:
+                plan.layout(self._moment, latent)
+
     def resize(self, latent: tuple[int, int]) -> None:
         """The latent has (rows, columns) ``latent``. Each call of the model says so by itself."""
         self._latent = latent
@@ -185,19 +195,22 @@ class TimestepContext:
         latent = latent_size(self._arguments.latent(args, kwargs))
         return latent is not None and latent == self._latent and (self._driven or not self._clocks)
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool) -> None:
-        """Before each call of the model: read the latent's size and, unless driven, the timestep."""
+    def observe(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool) -> None:
+        """Before each call of ``model``: read the latent's size and, unless driven, the timestep.
+
+        ``compiled`` tells that this call comes from a compiled module.
+        """
         latent = latent_size(self._arguments.latent(args, kwargs))
         if latent is None:
             raise SlothError("this call has no latent: no argument is a tensor (B, C, ..., H, W)")
         self._latent = latent
         if not self._driven and self._clocks:
             timestep = _one_number(self._arguments.timestep(args, kwargs))
-            self._moment = self._with_sigma(min(max(1 - timestep / _TIMESTEPS, 0.0), 1.0), None, timestep)
+            steps = self._noise.steps if self._noise is not None else _TIMESTEPS
+            self._moment = self._with_sigma(min(max(1 - timestep / steps, 0.0), 1.0), None, timestep)
         self._check(self._moment)
         self._apply()
-        if compiled:
-            self._warn_of_recompiles()
+        self._warn_of_recompiles(model, compiled)
 
     def _drive(self, progress: float, sigma: float | None) -> None:
         moment = self._with_sigma(progress, sigma)
@@ -240,29 +253,34 @@ class TimestepContext:
 
     def _with_sigma(self, progress: float, sigma: float | None, timestep: float | None = None) -> Moment:
         if sigma is None and self._noise is not None:
-            sigma = self._noise.sigma((1 - progress) * _TIMESTEPS if timestep is None else timestep)
+            sigma = self._noise.sigma((1 - progress) * self._noise.steps if timestep is None else timestep)
         return Moment(progress, sigma)
 
-    def _warn_of_recompiles(self) -> None:
+    def _warn_of_recompiles(self, model: nn.Module, compiled: bool) -> None:
         """torch stops compiling in silence after ``recompile_limit`` graphs of one function."""
+        state = (self._steps, self._latent, len(self._sets), compiled)
+        if self._warned or self._counted == state:
+            return
+        self._counted = state
+        if not compiled and all(module._compiled_call_impl is None for module in model.modules()):
+            return
         limit = torch._dynamo.config.recompile_limit
-        key = (self._steps, self._latent, len(self._sets))
-        if self._counted != key:
-            self._counted = key
-            sets = len(self._sets) if self._steps is None else len(self.moments(self._steps))
-            if sets > limit and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"this schedule goes through {sets} distinct sets of strides and tiles, each a compiled graph, and "
-                    f"torch stops compiling after {limit}: transform with phases={limit} or raise "
-                    "torch._dynamo.config.recompile_limit",
-                    stacklevel=2,
-                )
+        sets = set(self._sets) if self._steps is None else set(map(self._layouts, self._run(self._steps)))
+        # Blocks compiled one by one are one function to torch, whose graphs are the distinct layouts of all of them.
+        graphs = len(sets) if compiled else len({layout for each in sets for layout in each})
+        if graphs > limit:
+            self._warned = True
+            warnings.warn(
+                f"this schedule goes through {graphs} distinct sets of strides and tiles, each a compiled graph, and "
+                f"torch stops compiling after {limit}: transform with phases={limit} or raise "
+                "torch._dynamo.config.recompile_limit",
+                stacklevel=2,
+            )
 
 
 def _one_number(timestep: Any) -> float:
     if isinstance(timestep, torch.Tensor) and timestep.numel() > 0:
-        if torch.compiler.is_exporting() or is_fake(timestep):
+        if torch.compiler.is_exporting() or is_fake(timestep) or timestep.is_meta:
             raise SlothError("the timestep has no value here: drive the context with at(progress)")
         values = set(timestep.flatten().tolist())
         if len(values) > 1:
@@ -270,8 +288,8 @@ def _one_number(timestep: Any) -> float:
                 f"the timesteps of this batch differ ({min(values):g} to {max(values):g}), so it has no single moment: "
                 "drive the context with at(progress), or use schedule=Constant()"
             )
-        return float(values.pop())
-    if isinstance(timestep, numbers.Real):
+        timestep = values.pop()
+    if isinstance(timestep, numbers.Real) and math.isfinite(timestep):
         return float(timestep)
     raise SlothError("this call has no timestep to follow: drive the context with step(i, n) or at(progress)")
 

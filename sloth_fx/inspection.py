@@ -13,7 +13,7 @@ from sloth_fx.locate import as_call, survey
 from sloth_fx.model_adapters import adapter_for
 from sloth_fx.patch import patch_of
 from sloth_fx.report import Report, SiteReport
-from sloth_fx.transform import check_module
+from sloth_fx.transform import check_module, check_untouched
 
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Report:
@@ -24,9 +24,11 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Report:
         example_inputs: as for :func:`sloth_fx.transform`; needed where the class of the model is not known.
 
     Raises:
-        SlothError: no module, no attention, no inputs, or inputs that the model rejects.
+        SlothError: no module, one that is compiled or patched (for which there is :func:`report`), no attention, no
+            inputs, or inputs that the model rejects.
     """
     check_module(model)
+    check_untouched(model)
     adapter = adapter_for(model)
     if example_inputs is not None:
         call = as_call(example_inputs)
@@ -56,8 +58,11 @@ def graph(patched: nn.Module, site_path: str) -> fx.Graph:
 
     Raises :class:`SlothError` for a model that is not patched, or a path at which nothing was rewritten.
     """
-    graphs = patch_of(patched).graphs
+    patch = patch_of(patched)
+    graphs = patch.graphs
     if site_path not in graphs:
-        near = difflib.get_close_matches(site_path, graphs, n=3, cutoff=0.0)
-        raise SlothError(f"nothing was rewritten at {site_path!r}; nearest: {', '.join(near) or 'no site at all'}")
+        near = ", ".join(difflib.get_close_matches(str(site_path), graphs, n=3, cutoff=0.0))
+        raise SlothError(
+            f"nothing was rewritten at {site_path!r}; nearest: {near or patch.report.note or 'no site at all'}"
+        )
     return graphs[site_path]

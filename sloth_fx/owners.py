@@ -94,5 +94,6 @@ def _variant(
         rewritten.function,
         sizes=None if captured.any_size else [tensor.shape for tensor in tensors],
         types=None if captured.any_type else [(tensor.dtype, tensor.device) for tensor in tensors],
+        training=None if captured.any_mode else owner.training,
     )
     return rewritten, variant

@@ -48,7 +48,7 @@ def _prepare(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: b
     if patch.pending is not None:
         patch.pending(model, patch, (args, kwargs))
         patch.pending = None
-    patch.context.observe(args, kwargs, compiled=compiled)
+    patch.context.observe(model, args, kwargs, compiled=compiled)
 
 
 def is_patched(module: nn.Module) -> bool:

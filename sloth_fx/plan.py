@@ -125,8 +125,12 @@ class Plan:
         return owners
 
 
-def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite]) -> Plan:
-    """Which spec acts where. Raises :class:`SlothError` for a spec that acts nowhere, and for two that conflict."""
+def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: bool = True) -> Plan:
+    """Which spec acts where.
+
+    Raises :class:`SlothError` for a spec that acts nowhere, for two that conflict, and with ``strict`` for a selected
+    site whose grid is not known.
+    """
     images = [site for site in sites if site.kind == "self"]
     if not images:
         kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
@@ -137,7 +141,7 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite]) -> Plan:
     notes = {site.name: f"{site.kind}-attention" for site in sites if site.kind != "self"}
     for spec in specs:
         chosen = _selected(spec, sites, images)
-        unfit = {site.name: reason for site in chosen if (reason := _unfit(spec, site)) is not None}
+        unfit = {site.name: reason for site in chosen if (reason := _unfit(spec, site, strict)) is not None}
         if len(unfit) == len(chosen):
             raise SlothError(
                 f"{type(spec).__name__} acts on no site that it selects: " + _few(map(": ".join, unfit.items()))
@@ -167,8 +171,13 @@ def _selected(spec: Spec, sites: Sequence[AttentionSite], images: list[Attention
     )
 
 
-def _unfit(spec: Spec, site: AttentionSite) -> str | None:
-    """Why a spec that selects a site has nothing to do there."""
+def _unfit(spec: Spec, site: AttentionSite, strict: bool) -> str | None:
+    """Why a spec that selects a site does nothing there."""
+    if site.grid is None:
+        reason = f"{type(spec).__name__} needs rows and columns, and the grid of its {site.q_tokens} tokens is unknown"
+        if strict:
+            raise SlothError(f"{site.name}: {reason}; select other sites with where=, or pass strict=False")
+        return reason
     if isinstance(spec, SlothfulAttention) and site.stage == "middle" and spec.keep_middle:
         return "middle block, kept (keep_middle)"
     if isinstance(spec, NearSightedTile) and not spec.tiles(site.downscale):
@@ -177,11 +186,6 @@ def _unfit(spec: Spec, site: AttentionSite) -> str | None:
 
 
 def _with(plan: SitePlan, spec: Spec) -> SitePlan:
-    if plan.site.grid is None:
-        raise SlothError(
-            f"{type(spec).__name__} needs rows and columns, and {plan.site.name} has {plan.site.q_tokens} tokens whose "
-            "grid is not known; select other sites with where="
-        )
     if not isinstance(spec, NearSightedTile):
         plan = replace(plan, reducing=_only(plan, plan.reducing, spec, "reduce the keys of"))
     if not isinstance(spec, SlothfulAttention):

@@ -139,7 +139,7 @@ class NearSightedTile:
     pad: where the padding goes when tiles do not divide the grid: "end" (bottom and right) or "random" (split at
         random, by seed and timestep). seed: whole, 0 or more.
     concat_local, concat_global: let the images of a batch (within a half of classifier-free guidance) see each other's
-        tiles, each other's global samples.
+        tiles, each other's global samples. How many halves the batch holds is `halves` of the context, default 1.
     where: which of the sites (`sloth_fx.where.Where`), None for all.
 
     Raises SlothError for a value of the wrong type or out of range. Source: Near-sighted Tile, release of 2023-12-16;

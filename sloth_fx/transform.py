@@ -53,7 +53,7 @@ def transform(
     """
     request = _Request(_checked_specs(spec), strict, _checked_phases(phases))
     check_module(model)
-    _check_untouched(model)
+    check_untouched(model)
     adapter = adapter_for(model)
     patched = clone(model)
     name = type(model).__name__
@@ -80,7 +80,7 @@ class _Request:
 
     def __call__(self, model: nn.Module, patch: Patch, call: Call) -> None:
         found = survey(model, adapter_for(model), call)
-        plan = make_plan(self.specs, found.sites)
+        plan = make_plan(self.specs, found.sites, strict=self.strict)
         if self.phases is not None and len(clocks(plan.sites)) > 1:
             raise SlothError("phases= needs one clock, and these specs follow both progress and sigma: use phases=None")
 
@@ -95,6 +95,9 @@ class _Request:
                 if self.strict:
                     raise SlothError(f"{path}: {error}") from error
                 notes.update({each.site.name: str(error) for each in plans.values()})
+
+        if found.latent is not None:  # a schedule of the caller's own may fail: better now
+            patch.context.try_layouts(plan.sites, found.latent)
 
         # From here on nothing can fail.
         acting: dict[str, tuple[str, ...]] = {}
@@ -119,8 +122,9 @@ def check_module(model: Any) -> None:
         raise SlothError(f"{type(model).__name__} is no torch.nn.Module{hint}")
 
 
-def _check_untouched(model: nn.Module) -> None:
-    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+def check_untouched(model: nn.Module) -> None:
+    """Raise :class:`SlothError` for a model that is compiled or patched."""
+    if any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in model.modules()):
         raise SlothError(f"{type(model).__name__} is compiled already: transform first, then compile what it returns")
     if any(is_patched(module) for module in model.modules()):
         raise SlothError(

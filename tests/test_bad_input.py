@@ -1,6 +1,7 @@
 """What cannot be done raises a SlothError that says what, where and what would work, and changes nothing."""
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -278,7 +279,7 @@ def test_tokens_that_do_not_fit_the_grid():
 def test_a_site_that_cannot_be_captured():
     model = models.sdxl()
     models.blind(model)
-    says(refused(model), models.BLIND, "Attention", "cannot be captured", "no parameter or buffer")
+    says(refused(model), models.BLIND, "Attention", "cannot be captured", "no parameter, buffer or attribute")
 
 
 def test_masked_attention():
@@ -381,3 +382,32 @@ def test_a_processor_exchanged_after_the_transform(change):
     getattr(patched, change)(*arguments)
     with pytest.raises(SlothError, match=r"processor of this Attention was a AttnProcessor2_0 .* transform it again"):
         models.run(patched, values)
+
+
+def test_inspect_of_a_patched_model():
+    patched = sloth_fx.transform(models.one_level(), SPEC)
+    with pytest.raises(SlothError, match="patched already"):
+        sloth_fx.inspect(patched)
+
+
+def test_a_part_that_is_compiled_already():
+    model = models.one_level()
+    model.mid_block = torch.compile(model.mid_block)
+    says(refused(model), "compiled already")
+
+
+def test_a_model_that_cannot_be_copied():
+    model = models.one_level()
+    model.lock = threading.Lock()
+    with pytest.raises(SlothError, match="UNet2DConditionModel cannot be copied: TypeError"):
+        sloth_fx.transform(model, SPEC)
+
+
+def test_a_schedule_that_fails_does_so_before_anything_is_bound():
+    class Failing:
+        clock = "progress"
+
+        def ratio(self, moment):
+            return 2.0
+
+    says(refused(models.one_level(), spec=SlothfulAttention(schedule=Failing())), "Failing", "ratio")

@@ -244,6 +244,17 @@ def test_too_many_sets_for_torch_warn_once():
             run(compiled, values)
 
 
+def test_too_many_layouts_for_blocks_that_are_compiled_one_by_one():
+    model = sloth_fx.transform(models.sd15(), sloth_fx.SlothfulAttention())
+    context, values = sloth_fx.context(model), models.inputs(model, 2, 13, 21)
+    for block in model.modules():
+        if type(block).__name__ == "BasicTransformerBlock":
+            block.compile(backend="eager")
+    context.step(12, 30)
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.warns(UserWarning, match=r"distinct sets .* phases=2"):
+        models.run(model, values)
+
+
 def test_a_call_that_no_capture_covers_says_so_when_compiled():
     model, context, values = patched(SPECS["slothful"])
     context.at(0.4)

@@ -122,6 +122,29 @@ def test_an_unknown_noise_schedule_has_to_be_told():
         assert torch.equal(model(*inputs), told)
 
 
+def test_auto_takes_schedules_only_and_comes_back_to_the_models_own(context):
+    with pytest.raises(SlothError, match="give a NoiseSchedule"):
+        context.auto(5)
+    own = context.sigma_at(0.0)
+    longer = NoiseSchedule(steps=2000)
+    context.auto(longer)
+    assert context.sigma_at(0.0) == pytest.approx(longer.sigma(2000)) != own
+    context.auto()
+    assert context.sigma_at(0.0) == own
+
+
+@pytest.mark.parametrize("timestep", [float("nan"), torch.tensor(float("nan")), torch.zeros((), device="meta"), None])
+def test_a_timestep_without_a_value(patched, context, timestep):
+    with pytest.raises(SlothError, match=r"drive the context with (step\(i, n\) or )?at\(progress\)"):
+        patched(**{**models.inputs(patched), "timestep": timestep})
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "x"])
+def test_warmup_over_no_number_of_steps(patched, steps):
+    with pytest.raises(SlothError, match="steps="):
+        sloth_fx.warmup(patched, models.inputs(patched), steps=steps, progress=False)
+
+
 def test_phase_numbers_the_sets(patched, context):
     models.run(patched, models.inputs(patched))
     phases = []

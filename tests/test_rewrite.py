@@ -5,6 +5,7 @@ import torch
 
 import sloth_fx
 from sloth_fx.passes.core import attention_cores
+from tests import models
 from tests.passes.test_passes import CHANNELS, FixedReshape
 
 
@@ -56,3 +57,71 @@ def test_masked_attention_is_refused_by_name():
     assert "masked" in site.note
     x = torch.randn(2, 4, 9, 11)
     assert torch.equal(patched(x), model(x))
+
+
+class Dropout(FixedReshape):
+    """Drops attention in training only, scales by a traced number, and holds a plain tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.arange(5.0)
+
+    def forward(self, x):
+        q, k, v = (self.heads(each(x)) for each in (self.to_q, self.to_k, self.to_v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, dropout_p=0.9 if self.training else 0.0, scale=q.shape[-1] ** -0.5
+        )
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tile", [2, 4096])
+def test_training_is_followed_and_so_are_the_options_of_the_host(training, tile):
+    model, x = Denoiser(Dropout()).train(training), torch.randn(2, 4, 9, 11)
+    patched = sloth_fx.transform(model, sloth_fx.NearSightedTile(tile_size=tile, global_ratio=0), example_inputs=(x,))
+    for mode in (True, False, True):
+        model.train(mode)
+        patched.train(mode)
+        torch.manual_seed(0)
+        first = patched(x)
+        torch.manual_seed(1)
+        assert torch.equal(patched(x), first) is not mode
+        if tile == 4096:
+            torch.manual_seed(0)
+            assert torch.equal(model(x), first)
+
+
+def test_a_concatenation_before_the_blocks_is_no_skip_connection():
+    class Concatenating(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Conv2d(4, 2, 1), torch.nn.Conv2d(4, 2, 1)
+            self.unet = models.shared("sd15")
+
+        def forward(self, sample, timestep, text):
+            both = torch.cat([self.one(sample), self.two(sample)], 1)
+            return self.unet(both, timestep, text).sample
+
+    values = models.inputs(models.shared("sd15"))
+    report = sloth_fx.inspect(Concatenating(), example_inputs=(values["sample"], 500, values["encoder_hidden_states"]))
+    stages = [site.stage for site in sloth_fx.inspect(models.shared("sd15"))]
+    assert [site.stage for site in report] == stages
+
+
+def test_sites_without_a_grid_are_left_alone_unless_strict():
+    class Both(torch.nn.Module):
+        """Attention over the image, and over rows of tokens that no feature map has."""
+
+        def __init__(self):
+            super().__init__()
+            self.image, self.other = Denoiser(Masked.__mro__[1]()), FixedReshape()
+
+        def forward(self, x):
+            return self.image(x) + self.other(torch.ones(2, 17, CHANNELS)).mean()
+
+    spec, x = sloth_fx.SlothfulAttention(), torch.randn(2, 4, 9, 11)
+    with pytest.raises(sloth_fx.SlothError, match=r"other: .* grid of its 17 tokens is unknown"):
+        sloth_fx.transform(Both(), spec, example_inputs=(x,))
+    report = sloth_fx.report(sloth_fx.transform(Both(), spec, example_inputs=(x,), strict=False))
+    assert [site.operators for site in report] == [("SlothfulAttention",), ()]
+    assert "unknown" in report.sites[1].note

@@ -21,8 +21,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Capture:
     """The graph of one owner for one pattern of call.
 
-    ``any_size``: captured at two sizes it came out the same, so no size is baked in. ``any_type``: neither dtype nor
-    device is. Where one of them is, the graph serves only calls like the one it was captured from.
+    ``any_size``: captured at two sizes it came out the same, and no size decided a branch, so none is baked in.
+    ``any_type``: neither dtype nor device is. ``any_mode``: training or not is the same. Where one of these does not
+    hold, the graph serves only calls like the one it was captured from.
     """
 
     owner: nn.Module
@@ -30,6 +31,7 @@ class Capture:
     pattern: tuple[Any, ...]
     any_size: bool
     any_type: bool
+    any_mode: bool
 
 
 def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None) -> Capture:
@@ -41,6 +43,7 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
         with quiet():
             recorder = _record(skeleton, owner, call)
             again = _record(skeleton, owner, other) if other is not None else None
+            any_mode = _code(recorder.graph) == _code(_in_other_mode(skeleton, owner, call).graph)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise SlothError(
@@ -52,9 +55,23 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
         owner=owner,
         graph=recorder.graph,
         pattern=pattern,
-        any_size=again is not None and _code(recorder.graph) == _code(again.graph),
+        any_size=again is not None and _same(recorder, again),
         any_type=not recorder.type_steered,
+        any_mode=any_mode,
     )
+
+
+def _same(recorder: Recorder, again: Recorder) -> bool:
+    return _code(recorder.graph) == _code(again.graph) and recorder.steered_by == again.steered_by
+
+
+def _in_other_mode(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder:
+    """The forward as it is in training, or out of it."""
+    owner.train(not owner.training)
+    try:
+        return _record(skeleton, owner, call)
+    finally:
+        owner.train(not owner.training)
 
 
 def _record(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder:
@@ -69,6 +86,11 @@ def _record(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder:
 
 def _code(graph: fx.Graph) -> str:
     return graph.python_code("self").src
+
+
+def _empty(value: Any) -> bool:
+    """The hooks that a module does not have, and the like."""
+    return isinstance(value, (dict, list, tuple, set)) and not value
 
 
 def fingerprint(value: Any, depth: int = 4) -> Hashable:
@@ -91,5 +113,5 @@ def fingerprint(value: Any, depth: int = 4) -> Hashable:
         return "object", type(value)
     state = vars(value)
     if isinstance(value, nn.Module):  # how deep modules nest is theirs to decide
-        return type(value), *[(name, fingerprint(item, depth)) for name, item in state.items() if item]
+        return type(value), *[(name, fingerprint(item, depth)) for name, item in state.items() if not _empty(item)]
     return type(value), *[(name, fingerprint(item, depth - 1)) for name, item in state.items()]

@@ -26,16 +26,25 @@ _RECORDED = frozenset({"shape", "dtype", "device", "T", "mT", "H", "mH", "real",
 
 
 class HintTracer(fx.Tracer):
-    """A tracer whose nodes have hints. ``type_steered``: a dtype or device has decided a branch or a number."""
+    """A tracer whose nodes have hints.
+
+    ``type_steered``: a dtype or device has decided a branch or a number. ``steered_by``: for each decision in turn, the
+    integers that it was made from; at another size they are the same only if none of them is a size.
+    """
 
     def __init__(self, *, follow_types: bool) -> None:
         super().__init__()
         self.follow_types = follow_types
         self.type_steered = not follow_types
+        self.steered_by: list[tuple[int, ...]] = []
 
     def decide(self, node: fx.Node) -> None:
         """The value of ``node`` is about to steer Python: it becomes part of the capture."""
-        self.type_steered = self.type_steered or _reads_type(node)
+        behind = _behind(node)
+        self.type_steered = self.type_steered or any(
+            each.target is getattr and each.args[1] in ("dtype", "device") for each in behind
+        )
+        self.steered_by.append(tuple(hint for each in behind if type(hint := each.meta["hint"]) is int))
 
     def proxy(self, node: fx.Node) -> Any:
         return HintInt(node, self) if type(node.meta["hint"]) is int else HintProxy(node, self)
@@ -121,6 +130,10 @@ class HintInt(int):
 
     __hash__ = int.__hash__
 
+    def __bool__(self) -> bool:
+        self.tracer.decide(self.node)
+        return int.__bool__(self)
+
 
 def _recorded(function: Callable[..., Any], *, reflected: bool = False) -> Callable[..., Any]:
     def method(self: HintInt, *others: Any) -> Any:
@@ -142,14 +155,11 @@ def is_proxy(value: object) -> bool:
     return issubclass(type(value), (HintProxy, HintInt))
 
 
-def _reads_type(node: fx.Node) -> bool:
-    """Whether the value of ``node``, which steered Python, follows from a dtype or device."""
-    waiting, seen = [node], {node}
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """``node`` and all that it was computed from, in a fixed order."""
+    found, waiting = {node: None}, [node]
     while waiting:
-        current = waiting.pop()
-        if current.target is getattr and current.args[1] in ("dtype", "device"):
-            return True
-        unseen = [parent for parent in current.all_input_nodes if parent not in seen]
-        seen.update(unseen)
+        unseen = [parent for parent in waiting.pop().all_input_nodes if parent not in found]
+        found.update(dict.fromkeys(unseen))
         waiting.extend(unseen)
-    return False
+    return list(found)

@@ -6,9 +6,8 @@ instead of computing, so captures in one thread do not meet models that run in a
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from sloth_fx.capture.call import labelled_tensors
 from sloth_fx.capture.proxy import HintProxy, HintTracer, is_proxy
 from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.copying import copy_module
 
 # Functions that make a tensor from sizes: the sizes may be traced, and the result is never a constant of the model.
 _FACTORIES = frozenset(
@@ -58,13 +58,11 @@ class Recorder(HintTracer):
 
     def _stand_in(self, owner: nn.Module) -> tuple[nn.Module, dict[int, str]]:
         """A copy of ``owner`` over the same tensors whose children, when called, become nodes."""
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in (*owner.parameters(), *owner.buffers())}
-        root = copy.deepcopy(owner, memo)
+        root = copy_module(owner, lambda tensor: tensor)
         for path, child in root.named_modules():
             if path:
                 child.forward = self._leaf(path)
-        tensors = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
-        return root, {id(tensor): name for name, tensor in tensors}
+        return root, {id(tensor): name for name, tensor in _named_tensors(root)}
 
     def _leaf(self, path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -80,10 +78,12 @@ class Recorder(HintTracer):
         return super().create_arg(a)
 
     def attribute(self, tensor: torch.Tensor) -> Any:
-        """A parameter or buffer of the owner, as a node."""
+        """A parameter, buffer or attribute of the owner, as a node."""
         name = self.attributes.get(id(tensor))
         if name is None:
-            raise NotImplementedError(f"it uses a tensor of shape {tuple(tensor.shape)} that is no parameter or buffer")
+            raise NotImplementedError(
+                f"it uses a tensor of shape {tuple(tensor.shape)} that is no parameter, buffer or attribute of a module"
+            )
         return self.proxy(self.create_node("get_attr", name, (), {}))
 
     def create_node(
@@ -134,6 +134,14 @@ class _Recording(TorchFunctionMode):
         if func.__name__ == "__get__":  # parameter.dtype, .shape, .device, .ndim
             return getattr(attribute, func.__self__.__name__)
         return HintProxy.__torch_function__(func, types, (attribute, *args[1:]), kwargs)
+
+
+def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, and tensors that are plain attributes."""
+    for path, module in root.named_modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{path}.{name}" if path else name, value
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -7,8 +7,8 @@ parameters and buffers. It costs milliseconds and no memory whatever the size of
 
 from __future__ import annotations
 
-import copy
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+
+from sloth_fx.copying import copy_module
 
 
 class Skeleton:
@@ -30,12 +31,7 @@ class Skeleton:
         devices = (tensor.device for tensor in tensors if tensor.device.type != "meta")
         self.device = device or next(devices, torch.device("cpu"))
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        memo: dict[int, Any] = {}
-        for tensor in tensors:
-            if id(tensor) not in memo:
-                memo[id(tensor)] = self.fake(tensor)
-        with _FakeCopies(self):
-            self.model: nn.Module = copy.deepcopy(model, memo)
+        self.model: nn.Module = copy_module(model, self.fake)
         for module in self.model.modules():
             _without_hooks(module)
 
@@ -64,28 +60,14 @@ class Skeleton:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's log of what failed on fake tensors: whoever tries says so better, or tries something else."""
+    thread = threading.get_ident()
+    mine = lambda record: record.thread != thread  # noqa: E731 - other threads may have something to say
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    logger.addFilter(mine)
     try:
         yield
     finally:
-        logger.disabled = before
-
-
-class _FakeCopies(TorchFunctionMode):
-    """While the model is copied: tensors that are neither parameters nor buffers become fake as well."""
-
-    def __init__(self, skeleton: Skeleton) -> None:
-        super().__init__()
-        self.skeleton = skeleton
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.Tensor.__deepcopy__:
-            with torch._C.DisableTorchFunction():
-                return self.skeleton.fake(args[0])
-        return func(*args, **(kwargs or {}))
+        logger.removeFilter(mine)
 
 
 def _without_hooks(module: nn.Module) -> None:

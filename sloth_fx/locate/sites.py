@@ -25,7 +25,7 @@ def locate(probe: Probe, latent: tuple[int, int] | None) -> list[AttentionSite]:
     ]
     images = [scale for scale, kind in zip(scales, kinds, strict=True) if kind != "cross"]
     shallowest = min(images or scales)
-    last_skip = probe.skips[0] if probe.skips else None
+    last_skip = max(probe.skips, default=None)
     calls: dict[str, int] = {}
     sites = []
     for event, kind, divisor, scale in zip(events, kinds, divisors, scales, strict=True):
@@ -61,7 +61,7 @@ def _kind(probe: Probe, event: AttentionEvent) -> Kind:
 
 
 def _stage(time: int, last_skip: tuple[int, int] | None) -> Stage:
-    """A UNet's first skip connection to be joined is the last one that was made.
+    """The last skip connection that a UNet makes is the first one that it joins.
 
     It was made when the input blocks ended, and is joined when the output blocks begin; between lies the middle. A
     model without skip connections is all input.

@@ -30,6 +30,7 @@ class ModelAdapter:
     noise: NoiseSchedule | None = None
     inputs: Callable[[nn.Module], Inputs] | None = None
 
+
 class Arguments:
     """Reads the latent and the timestep from the arguments of a call of ``model``."""
 
@@ -60,4 +61,3 @@ def latent_size(latent: Any) -> tuple[int, int] | None:
     if isinstance(latent, torch.Tensor) and latent.ndim >= 4:
         return int(latent.shape[-2]), int(latent.shape[-1])
     return None
-

@@ -1,7 +1,7 @@
 """Every spelling of attention becomes one core node.
 
     scores = torch.baddbmm(empty, query, key.transpose(-1, -2), beta=0, alpha=scale)
-    probs = scores.softmax(dim=-1).to(dtype)                                            ->   out = attend(query, key, value)
+    probs = scores.softmax(dim=-1).to(dtype)                    ->     out = attend(query, key, value)
     out = torch.bmm(probs, value)
 
 The nodes of the idiom are outlined, in the host's own order, into one function of query, key and value: the result is

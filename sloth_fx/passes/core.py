@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, fx
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -21,8 +20,8 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 class AttentionCore:
     """``node`` is the attention of ``query`` (..., N, D), ``key`` (..., M, D) and ``value`` (..., M, Dv).
 
-    ``attend`` computes the same from other queries, keys and values. ``masked`` tells that the host also gave a mask
-    or asked for causal attention, which ``attend`` leaves out.
+    ``attend``, with ``options``, computes the same from other queries, keys and values. ``masked`` tells that the host
+    also gave a mask or asked for causal attention, which ``options`` leave out.
     """
 
     node: fx.Node
@@ -31,6 +30,7 @@ class AttentionCore:
     value: fx.Node
     masked: bool
     attend: Attend
+    options: dict[str, Any]
 
 
 def attention_cores(graph: fx.Graph) -> list[AttentionCore]:
@@ -41,7 +41,7 @@ def attention_cores(graph: fx.Graph) -> list[AttentionCore]:
             cores.append(_from_sdpa(node))
         elif node.op == "call_function" and getattr(node.target, "sloth_fx_core", False):
             query, key, value = node.args
-            cores.append(AttentionCore(node, query, key, value, False, node.target))
+            cores.append(AttentionCore(node, query, key, value, False, node.target, {}))
     return cores
 
 
@@ -51,8 +51,7 @@ def _from_sdpa(node: fx.Node) -> AttentionCore:
     masked = given.pop("attn_mask", None) is not None
     masked = bool(given.pop("is_causal", False)) or masked
     options = {name: option for name, option in given.items() if option not in (None, 0.0, False)}
-    attend = functools.partial(F.scaled_dot_product_attention, **options) if options else F.scaled_dot_product_attention
-    return AttentionCore(node, query, key, value, masked, attend)
+    return AttentionCore(node, query, key, value, masked, F.scaled_dot_product_attention, options)
 
 
 def check_tokens(site: str, tokens: Tensor, layout: KeyLayout) -> None:
@@ -60,8 +59,8 @@ def check_tokens(site: str, tokens: Tensor, layout: KeyLayout) -> None:
     if tokens.shape[-2] != layout.tokens:
         rows, columns = layout.grid
         raise SlothError(
-            f"{site}: {tokens.shape[-2]} tokens do not fit a grid of {rows} x {columns}, which this latent should give; "
-            "give transform example_inputs of this size"
+            f"{site}: {tokens.shape[-2]} tokens do not fit a grid of {rows} x {columns}, which this latent should "
+            "give; give transform example_inputs of this size"
         )
 
 
@@ -69,5 +68,3 @@ def first_input(node: fx.Node) -> fx.Node | None:
     """The tensor that a one-tensor operation works on."""
     first = node.args[0] if node.args else None
     return first if isinstance(first, fx.Node) else None
-
-

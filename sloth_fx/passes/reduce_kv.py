@@ -66,7 +66,9 @@ def reduce_kv(graph: fx.Graph, core: AttentionCore, name: str, owner: nn.Module,
     """
     to_key, to_value = (_projection(node, owner) for node in (core.key, core.value)) if hoist else (None, None)
     if to_key is None or to_value is None or to_key is to_value:
-        key, value = (_reduced(graph, name, node, core.node)[index] for index, node in enumerate((core.key, core.value)))
+        key, value = (
+            _reduced(graph, name, node, core.node)[index] for index, node in enumerate((core.key, core.value))
+        )
         _replace_key_value(core, key, value)
         place = "at the attention's keys and values"
     else:

@@ -37,10 +37,7 @@ def _is_identity(node: fx.Node) -> bool:
         return False
     hint, factor = node.args[0].meta.get("hint"), node.args[1]
     return (
-        isinstance(hint, torch.Tensor)
-        and hint.is_floating_point()
-        and isinstance(factor, (int, float))
-        and factor == 1
+        isinstance(hint, torch.Tensor) and hint.is_floating_point() and isinstance(factor, (int, float)) and factor == 1
     )
 
 

@@ -1,9 +1,12 @@
 """Replace the attention core by one whose queries attend within their tile and to samples of the whole image.
 
-    out = attend(query, key, value)     ->     out = self.sloth_tile_0(query, key, value)
+out = attend(query, key, value)     ->     out = self.sloth_tile_0(query, key, value)
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +23,14 @@ class TiledAttention(nn.Module):
     """
 
     def __init__(
-        self, site: str, attend: Attend, layout: KeyLayout, *, folded_heads: int | None, concat_local: bool, concat_global: bool
+        self,
+        site: str,
+        attend: Attend,
+        layout: KeyLayout,
+        *,
+        folded_heads: int | None,
+        concat_local: bool,
+        concat_global: bool,
     ) -> None:
         super().__init__()
         self.site = site
@@ -34,10 +44,10 @@ class TiledAttention(nn.Module):
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout, self.halves = layout, halves
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         layout = self.layout
         if layout.tile is None:
-            return self.attend(query, key, value)
+            return self.attend(query, key, value, **options)
         check_tokens(self.site, query, layout)
         if self.folded_heads is not None:
             query, key, value = (torch.unflatten(each, 0, (-1, self.folded_heads)) for each in (query, key, value))
@@ -47,15 +57,15 @@ class TiledAttention(nn.Module):
             value,
             layout,
             gathered=layout.window != (1, 1),
-            attend=self.attend if self.folded_heads is None else self._attend_folded,
+            attend=partial(self.attend if self.folded_heads is None else self._attend_folded, **options),
             halves=self.halves,
             concat_local=self.concat_local,
             concat_global=self.concat_global,
         )
         return out if self.folded_heads is None else out.flatten(0, 1)
 
-    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = self.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        out = self.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), **options)
         return torch.unflatten(out, 0, (-1, query.shape[1]))
 
     def extra_repr(self) -> str:
@@ -66,7 +76,7 @@ def tile_queries(graph: fx.Graph, core: AttentionCore, name: str) -> str:
     """Replace ``core`` by a call of ``self.<name>``, a :class:`TiledAttention`, and return where that is."""
     with graph.inserting_before(core.node):
         given = {**dict(zip(("query", "key", "value"), core.node.args, strict=False)), **core.node.kwargs}
-        tiled = graph.call_module(name, (given["query"], given["key"], given["value"]))
+        tiled = graph.call_module(name, (given["query"], given["key"], given["value"]), core.options)
     core.node.replace_all_uses_with(tiled)
     graph.erase_node(core.node)
     graph.lint()

@@ -67,7 +67,16 @@ class Arange(Base):
         return x + torch.arange(x.shape[1], device=x.device).to(x.dtype)[None, :, None]
 
 
-@pytest.mark.parametrize("kind", [ShapeUnpacking, TracedSizes, InPlace, Einops, OwnParameters, Arange])
+class PlainTensor(Base):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.arange(6.0)
+
+    def forward(self, x):
+        return self.linear(x) * self.table
+
+
+@pytest.mark.parametrize("kind", [ShapeUnpacking, TracedSizes, InPlace, Einops, OwnParameters, Arange, PlainTensor])
 def test_one_capture_serves_every_size(kind):
     module = kind()
     result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
@@ -107,6 +116,40 @@ class BranchOnType(Base):
 
 def test_branch_on_type_is_noticed():
     assert not captured(BranchOnType(), (2, 4, 6), other=[(3, 10, 6)])[0].any_type
+
+
+class BranchOnSize(Base):
+    def forward(self, x):
+        return self.linear(x) * 2 if x.shape[1] > 5000 else self.linear(x)
+
+
+class BranchOnParity(Base):
+    def forward(self, x):
+        return self.linear(x) * 2 if x.shape[1] % 2 else self.linear(x)
+
+
+class BranchOnChannels(Base):
+    def forward(self, x):
+        return self.linear(x) * x.shape[-1] ** -0.5 if x.shape[-1] > 3 else x
+
+
+@pytest.mark.parametrize(
+    ("kind", "any_size"), [(BranchOnSize, False), (BranchOnParity, False), (BranchOnChannels, True)]
+)
+def test_branch_on_size_is_noticed(kind, any_size):
+    assert captured(kind(), (2, 4, 6), other=[(3, 10, 6)])[0].any_size is any_size
+
+
+class Dropping(Base):
+    def forward(self, x):
+        return F.dropout(self.linear(x), 0.5, training=self.training)
+
+
+@pytest.mark.parametrize(("kind", "any_mode"), [(Dropping, False), (ShapeUnpacking, True)])
+def test_forward_that_differs_in_training_is_noticed(kind, any_mode):
+    module = kind()
+    assert captured(module, (2, 4, 6), other=[(3, 10, 6)])[0].any_mode is any_mode
+    assert module.training
 
 
 class BakedSize(Base):

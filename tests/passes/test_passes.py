@@ -138,7 +138,7 @@ def test_options_of_the_host_go_with_the_core():
     (core,) = attention_cores(graph_of(Options()).graph)
     assert core.masked
     q, k, v = (torch.randn(1, 2, 5, 6) for _ in range(3))
-    assert torch.equal(core.attend(q, k, v), F.scaled_dot_product_attention(q, k, v, scale=0.1))
+    assert torch.equal(core.attend(q, k, v, **core.options), F.scaled_dot_product_attention(q, k, v, scale=0.1))
 
 
 def reduced(module, layout=HALVED, pooling=None, hoist=True):
