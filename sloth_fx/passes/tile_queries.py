@@ -9,10 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sloth_fx.operators import KeyLayout, near_sighted_attention
 from sloth_fx.passes.core import Attend, AttentionCore, check_tokens
+
+_MERGING_IS_FASTER = ("cpu",)  # docs/benchmarks.md; GPUs are not measured yet
 
 
 class TiledAttention(nn.Module):
@@ -51,6 +54,7 @@ class TiledAttention(nn.Module):
         check_tokens(self.site, query, layout)
         if self.folded_heads is not None:
             query, key, value = (torch.unflatten(each, 0, (-1, self.folded_heads)) for each in (query, key, value))
+        merge = "lse" if self.folded_heads is None and self._merges(query, key, value, options) else "concat"
         out = near_sighted_attention(
             query,
             key,
@@ -58,11 +62,19 @@ class TiledAttention(nn.Module):
             layout,
             gathered=layout.window != (1, 1),
             attend=partial(self.attend if self.folded_heads is None else self._attend_folded, **options),
+            merge=merge,
             halves=self.halves,
             concat_local=self.concat_local,
             concat_global=self.concat_global,
         )
         return out if self.folded_heads is None else out.flatten(0, 1)
+
+    def _merges(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+        """Whether to merge two attentions instead of copying the samples for every tile: where that was measured to be
+        faster, where it computes what the host asked for, and where no gradient is needed (it has none)."""
+        if query.device.type not in _MERGING_IS_FASTER or self.attend is not F.scaled_dot_product_attention or options:
+            return False
+        return not (torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)))
 
     def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         out = self.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), **options)
