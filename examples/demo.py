@@ -115,7 +115,7 @@ def draw_tile(unet: torch.nn.Module, path: Path, *, tiny: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny UNet: seconds on a CPU")
-    parser.add_argument("--steps", type=int, default=4, help="of the sampling loop")
+    parser.add_argument("--steps", type=int, default=8, help="of the sampling loop")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     options = parser.parse_args()
 
