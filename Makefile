@@ -39,8 +39,8 @@ format: $(READY) ## let ruff tidy the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(READY) ## run the benchmarks
-	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(RUN) $$script $(ARGS); done
+bench: $(READY) ## run the benchmarks, which write docs/benchmarks.md (20 minutes on a CPU)
+	@$(RUN) benchmarks/run_all.py $(ARGS)
 
 examples: $(READY) ## run the examples on tiny models
 	@set -e; for script in examples/[!_]*.py; do echo "== $$script"; $(RUN) $$script --tiny; done
