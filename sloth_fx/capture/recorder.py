@@ -43,12 +43,12 @@ class Recorder(HintTracer):
         self.root, self.attributes = self._stand_in(owner)
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
-        proxies: dict[int, Any] = {}
+        proxies = []  # one for each argument, also where two of them are the same tensor now: another time they are not
         for name, tensor in labelled_tensors(self.owner.forward, args, kwargs):
             node = self.graph.placeholder(name)
             node.meta["hint"] = tensor
-            proxies[id(tensor)] = self.proxy(node)
-        args, kwargs = _substitute((args, kwargs), proxies)
+            proxies.append(self.proxy(node))
+        args, kwargs = _substitute((args, kwargs), iter(proxies))
         with _Recording(self):
             result = self.root.forward(*args, **kwargs)
         self.graph.output(self.create_arg(result))
@@ -149,9 +149,10 @@ def has_effect(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output", "call_module") or node.target is operator.setitem
 
 
-def _substitute(value: Any, proxies: dict[int, Any]) -> Any:
+def _substitute(value: Any, proxies: Iterator[Any]) -> Any:
+    """``value`` with the tensors in it replaced by ``proxies``, in order."""
     if isinstance(value, torch.Tensor):
-        return proxies[id(value)]
+        return next(proxies)
     if isinstance(value, (list, tuple)):
         return type(value)(_substitute(item, proxies) for item in value)
     if isinstance(value, dict):

@@ -125,7 +125,7 @@ class Probe(TorchFunctionMode):
         if func is _SDPA:
             query, key = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(("query", "key")))
             self._attention(query, key, key.shape[-2])
-        elif func in _SOFTMAX:
+        elif func in _SOFTMAX and kwargs.get("dim", args[-1]) in (-1, inputs[0].ndim - 1):
             product = self._product_behind(inputs[0])
             if product is not None:
                 self._attention(*product, product[1].shape[-1])

@@ -46,6 +46,9 @@ def canonicalise(graph: fx.Graph) -> bool:
 
 def _attention_around(softmax: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node, fx.Node]]:
     """(query, key, value, output) of the attention that ``softmax`` belongs to, if it belongs to one."""
+    hint, dim = softmax.meta["hint"], softmax.kwargs.get("dim", softmax.args[-1])
+    if dim not in (-1, hint.ndim - 1):  # not over the keys
+        return []
     scores = _through(softmax.args[0], up=True)
     output = _through(softmax, up=False)
     if scores is None or output is None:

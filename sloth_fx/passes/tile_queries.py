@@ -1,6 +1,8 @@
 """Replace the attention core by one whose queries attend within their tile and to samples of the whole image.
 
-out = attend(query, key, value)     ->     out = self.sloth_tile_0(query, key, value)
+    out = attend(query, key, value)     ->     out = self.sloth_tile_0(query, key, value)
+
+What the host asked of its attention besides (a scale, dropout) goes along.
 """
 
 from __future__ import annotations

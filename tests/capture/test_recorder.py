@@ -196,6 +196,20 @@ def test_tensors_in_containers_become_placeholders():
     assert torch.equal(got["pair"][1], expected["pair"][1])
 
 
+class TwoInputs(Base):
+    def forward(self, x, other):
+        return self.linear(x) - other
+
+
+def test_one_tensor_in_two_roles_is_two_placeholders():
+    module = TwoInputs()
+    skeleton = Skeleton(module)
+    x = skeleton.fake_inputs(torch.empty(2, 4, 6))
+    function = generate(capture(skeleton, skeleton.model, ((x, x), {}), None).graph, "test")
+    one, two = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    assert torch.equal(function(module, one, two), module(one, two))
+
+
 class DataDependent(Base):
     def forward(self, x):
         return self.linear(x) if x.sum() > 0 else x

@@ -123,8 +123,17 @@ def test_explicit_softmax_becomes_one_core_with_the_same_bits(kind):
     assert not canonicalise(graph)
 
 
-def test_a_softmax_that_is_no_attention_stays():
-    graph = graph_of(Gate()).graph
+class OverQueries(Folded):
+    """Normalised over the queries: no attention, though it has two products."""
+
+    def forward(self, x):
+        q, k, v = self.heads(self.to_q(x)), self.heads(self.to_k(x)), self.heads(self.to_v(x))
+        return torch.bmm(self.scores(q, k).softmax(dim=1), v)
+
+
+@pytest.mark.parametrize("kind", [Gate, OverQueries])
+def test_a_softmax_that_is_no_attention_stays(kind):
+    graph = graph_of(kind()).graph
     assert not canonicalise(graph)
     assert attention_cores(graph) == []
 
