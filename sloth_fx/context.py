@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -15,13 +15,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from sloth_fx.errors import SlothError
-from sloth_fx.model_adapters import Arguments, ModelAdapter, latent_size
+from sloth_fx.model_adapters import Arguments, ModelAdapter
 from sloth_fx.operators import KeyLayout
-from sloth_fx.phases import Phases, clocks
-from sloth_fx.plan import SitePlan
+from sloth_fx.phases import Phases
+from sloth_fx.plan import SitePlan, clocks
 from sloth_fx.schedule import Moment, NoiseSchedule
+from sloth_fx.site import LatentSize
 
-_TIMESTEPS = 1000  # timesteps run from here down to 0
+_STEPS = 1000  # how finely a run is looked through, where nobody says
 Layouts = tuple[KeyLayout, ...]
 
 
@@ -43,6 +44,7 @@ class TimestepContext:
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter, phases: int | None) -> None:
+        self._adapter = adapter
         self._arguments = Arguments(model, adapter)
         self._own_noise = self._noise = adapter.noise
         self._phases = Phases(phases, by_sigma=False) if phases is not None else None
@@ -52,7 +54,9 @@ class TimestepContext:
         self._driven = False
         self._steps: int | None = None
         self._moment = self._with_sigma(0.0, None)
-        self._latent: tuple[int, int] | None = None
+        self._latent: LatentSize | None = None
+        self._given: LatentSize | None = None
+        self._shape: tuple[int, ...] = ()
         self._halves = 1
         self._applied: tuple[Any, ...] | None = None
         self._current: Layouts = ()
@@ -150,7 +154,7 @@ class TimestepContext:
     def _run(self, steps: int | None) -> list[Moment]:
         if steps is None and self._phases is not None:
             return [self._phases.middle(phase) for phase in range(self._phases.count)]
-        count = _TIMESTEPS if steps is None else _integer(steps)
+        count = _STEPS if steps is None else _integer(steps)
         if count is None or count < 1:
             raise SlothError(f"steps={steps!r}: the number of steps of a run, 1 or more")
         return [self._with_sigma(i / count, None) for i in range(count)]
@@ -179,38 +183,58 @@ class TimestepContext:
         if self._phases is not None:
             self._phases = replace(self._phases, by_sigma="sigma" in self._clocks)
 
-    def try_layouts(self, plans: Iterable[SitePlan], latent: tuple[int, int]) -> None:
+    def try_layouts(self, plans: Iterable[SitePlan], latent: LatentSize) -> None:
         """Compute the layouts that ``plans`` would have now, for the errors that this may raise."""
         if not any("sigma" in clocks([plan]) for plan in plans) or self._moment.sigma is not None:
             for plan in plans:
                 plan.layout(self._moment, latent)
 
-    def resize(self, latent: tuple[int, int]) -> None:
-        """The latent has (rows, columns) ``latent``. Each call of the model says so by itself."""
-        self._latent = latent
+    def resize(self, latent: Sequence[int]) -> None:
+        """The latent has (rows, columns) or (frames, rows, columns) ``latent``; packed latents count tokens.
+
+        Each call of the model says so by itself, if its arguments do; this serves models whose arguments don't.
+        """
+        sizes = [_integer(size) for size in latent]
+        if len(sizes) not in (2, 3) or any(size is None or size < 1 for size in sizes):
+            raise SlothError(f"resize({latent!r}): (rows, columns) or (frames, rows, columns), each 1 or more")
+        frames, rows, columns = (1, *map(int, latent))[-3:]
+        self._latent = self._given = LatentSize(frames, rows, columns)
         self._apply()
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the operators are set for a call with these arguments; it can be asked within a graph."""
-        latent = latent_size(self._arguments.latent(args, kwargs))
-        return latent is not None and latent == self._latent and (self._driven or not self._clocks)
+        if self._latent is None or not (self._driven or not self._clocks):
+            return False
+        if self._adapter.ids is not None:  # values, which a graph does not have
+            return tuple(self._arguments.latent(args, kwargs).shape[1:]) == self._shape
+        return (self._arguments.size(args, kwargs) or self._given) == self._latent
 
     def observe(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool) -> None:
         """Before each call of ``model``: read the latent's size and, unless driven, the timestep.
 
         ``compiled`` tells that this call comes from a compiled module.
         """
-        latent = latent_size(self._arguments.latent(args, kwargs))
+        latent = self._arguments.size(args, kwargs) or self._given
         if latent is None:
-            raise SlothError("this call has no latent: no argument is a tensor (B, C, ..., H, W)")
+            raise SlothError(
+                "this call does not tell the size of its latent: no argument is a tensor (B, C, ..., H, W), and if "
+                "tokens are packed nothing says how they lie; say so with resize((rows, columns)), or register an "
+                "adapter (docs/extending.md)"
+            )
         self._latent = latent
+        shape = getattr(self._arguments.latent(args, kwargs), "shape", ())
+        self._shape = tuple(shape[1:])
         if not self._driven and self._clocks:
             timestep = _one_number(self._arguments.timestep(args, kwargs))
-            steps = self._noise.steps if self._noise is not None else _TIMESTEPS
-            self._moment = self._with_sigma(min(max(1 - timestep / steps, 0.0), 1.0), None, timestep)
+            self._moment = self._with_sigma(self._progress(timestep), None, timestep)
         self._check(self._moment)
         self._apply()
         self._warn_of_recompiles(model, compiled)
+
+    def _progress(self, timestep: float) -> float:
+        if self._noise is not None and self._noise is not self._own_noise:
+            return min(max(1 - timestep / self._noise.steps, 0.0), 1.0)
+        return self._adapter.progress(timestep)
 
     def _drive(self, progress: float, sigma: float | None) -> None:
         moment = self._with_sigma(progress, sigma)

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sloth_fx.plan import SitePlan
 from sloth_fx.schedule import Moment
-
-
-def clocks(plans: Iterable[SitePlan]) -> set[str]:
-    """What the plans depend on: "progress", "sigma", both or nothing."""
-    found: set[str] = set()
-    for plan in plans:
-        found.update(spec.schedule.clock for spec in plan.specs if spec.schedule.clock is not None)
-        if plan.tiling is not None and plan.tiling.pad == "random":
-            found.add("progress")
-    return found
 
 
 @dataclass(frozen=True)

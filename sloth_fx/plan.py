@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout, Pooling, axis_strides, flat_stride
 from sloth_fx.operators.tiling import tile_size
 from sloth_fx.schedule import Moment, StepDecay, ratio_at
-from sloth_fx.site import AttentionSite
-from sloth_fx.spec import NearSightedAttention, NearSightedTile, Reduction, SlothfulAttention, Spec
-from sloth_fx.where import matches, nearest
+from sloth_fx.site import AttentionSite, LatentSize
+from sloth_fx.spec import (
+    HyperTile,
+    NearSightedAttention,
+    NearSightedTile,
+    Reduction,
+    SlothfulAttention,
+    Spec,
+    TokenDownsample,
+    TokenMerging,
+)
 
-Tiling = NearSightedTile | NearSightedAttention
+Tiling = NearSightedTile | NearSightedAttention | HyperTile
 Reducing = SlothfulAttention | NearSightedAttention
-_Spec = TypeVar("_Spec")
+_Area = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SitePlan:
     """One site and the specs that act on it.
 
-    ``reducing`` says how its keys and values are pooled, ``tiling`` how its queries are tiled; one NearSightedAttention
-    may be both, and SlothfulAttention with NearSightedTile pools the keys within each tile. ``shallowest`` is the site
+    ``reducing`` says how its keys and values are pooled, ``downsampling`` how they are thinned out besides, ``tiling``
+    how its queries are tiled and ``merging`` how tokens are merged; one NearSightedAttention may be the first and the
+    third, and SlothfulAttention with NearSightedTile pools the keys within each tile. ``shallowest`` is the site
     against which depth is measured, ``deepest`` the greatest depth of the model.
     """
 
@@ -34,12 +42,20 @@ class SitePlan:
     shallowest: AttentionSite
     deepest: float
     reducing: Reducing | None = None
+    downsampling: TokenDownsample | None = None
     tiling: Tiling | None = None
+    merging: TokenMerging | None = None
 
     @property
     def specs(self) -> tuple[Spec, ...]:
         """The specs at work, each once."""
-        return tuple({id(spec): spec for spec in (self.reducing, self.tiling) if spec is not None}.values())
+        given = (self.reducing, self.downsampling, self.tiling, self.merging)
+        return tuple({id(spec): spec for spec in given if spec is not None}.values())
+
+    @property
+    def reduces(self) -> bool:
+        """Whether keys and values become fewer."""
+        return self.reducing is not None or self.downsampling is not None
 
     @property
     def reduction(self) -> Reduction | None:
@@ -53,29 +69,49 @@ class SitePlan:
         kind = reduction.mode.split("_")[1]
         return Pooling(kind, reduction.k_blend, reduction.v_blend, reduction.border)
 
-    def layout(self, moment: Moment, latent: tuple[int, int]) -> KeyLayout:
-        """Windows, tiles and samples at ``moment``, for a latent of (rows, columns) ``latent``."""
-        grid = self.site.grid_at(latent)
-        if grid is None:
+    @property
+    def merged_tokens(self) -> str:
+        """Which tokens are merged: queries alone where something else is done to the keys."""
+        assert self.merging is not None
+        return "q" if self.reduces or self.tiling is not None else self.merging.tokens
+
+    def layout(self, moment: Moment, latent: LatentSize) -> KeyLayout:
+        """Windows, tiles and samples at ``moment``, for a latent of size ``latent``."""
+        whole = self.site.grid_at(latent)
+        if whole is None:
             raise SlothError(f"{self.site.name}: the grid of its {self.site.q_tokens} tokens is not known")
+        frames, *area = whole
+        grid = area[0], area[1]
+        if self.site.kind == "temporal":
+            return KeyLayout((1, frames), (1, self._frame_window(frames)))
         stride, tile = self._stride(moment, grid, latent), self._tile(moment, grid)
         flat, long_axis = self._direction(stride)
 
-        def along(factor: float, area: tuple[int, int]) -> tuple[int, int]:
+        def along(factor: float, area: _Area) -> _Area:
             return flat_stride(factor, math.prod(area)) if flat else axis_strides(factor, area, long_axis)
 
-        window = along(stride, tile or grid) if stride > 1 else (1, 1)
+        window = self._thinned(along(stride, tile or grid) if stride > 1 else (1, 1), tile or grid, flat)
+        layout = KeyLayout(
+            grid, window, flat=flat and stride > 1, frames=frames, frame_window=self._frame_window(frames)
+        )
         if self.tiling is None or tile is None:
-            return KeyLayout(grid, window, flat=flat and stride > 1)
-        layout = KeyLayout(grid, window, tile, self._pad(moment, grid, tile), flat=flat)
+            return layout
+        layout = layout._replace(tile=tile, pad=self._pad(moment, grid, tile), flat=flat)
+        if isinstance(self.tiling, HyperTile):
+            return layout
         ratio = self.tiling.global_ratio_at(ratio_at(self.tiling.schedule, moment))
         if ratio <= 0:
             return layout
         tiles = math.prod(math.ceil(size / part) for size, part in zip(grid, tile, strict=True))
         return layout._replace(
             samples=along(max(1.0, stride) * tiles / ratio, grid),
-            sample_window=along(stride, grid) if stride > 1 else (1, 1),
+            sample_window=self._thinned(along(stride, grid) if stride > 1 else (1, 1), grid, flat),
         )
+
+    @property
+    def level(self) -> int:
+        """The attention level, 0 for the shallowest."""
+        return level_of(self.site)
 
     def _direction(self, stride: float) -> tuple[bool, str]:
         """Whether windows and samples run along the flattened tokens, and which axis otherwise takes more."""
@@ -84,30 +120,53 @@ class SitePlan:
         reduction = self.reduction
         return (reduction.mode.startswith("1d"), reduction.long_axis) if reduction is not None else (False, "y")
 
-    def _stride(self, moment: Moment, grid: tuple[int, int], latent: tuple[int, int]) -> float:
+    def _stride(self, moment: Moment, grid: _Area, latent: LatentSize) -> float:
         reduction = self.reduction
         if reduction is None or self.reducing is None:
             return 1.0
         relative = self.site.depth**-2.0
         if isinstance(self.reducing.schedule, StepDecay):  # the release of 2023-12-11 counts the tokens that there are
             first = self.shallowest.grid_at(latent)
-            relative = math.prod(grid) / math.prod(first) if first is not None else relative
+            relative = math.prod(grid) / math.prod(first[1:]) if first is not None else relative
         return reduction.stride(ratio_at(self.reducing.schedule, moment), relative, self.deepest)
 
-    def _tile(self, moment: Moment, grid: tuple[int, int]) -> tuple[int, int] | None:
-        if self.tiling is None or not self.tiling.tiles(self.site.downscale):
-            return None
-        size = self.tiling.tile(ratio_at(self.tiling.schedule, moment))
-        tile = tile_size(grid[0], size), tile_size(grid[1], size)
-        return None if tile == grid else tile
+    def _thinned(self, window: _Area, area: _Area, flat: bool) -> _Area:
+        """The strides of two reductions multiply."""
+        factor = self.downsampling.factor(self.level) if self.downsampling is not None else 1
+        if flat:
+            return 1, min(window[1] * factor**2, math.prod(area))
+        return min(window[0] * factor, area[0]), min(window[1] * factor, area[1])
 
-    def _pad(self, moment: Moment, grid: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
-        assert self.tiling is not None
-        if self.tiling.pad == "end":
+    def _frame_window(self, frames: int) -> int:
+        reduction = self.reduction
+        return min(reduction.temporal, frames) if reduction is not None else 1
+
+    def _tile(self, moment: Moment, grid: _Area) -> _Area | None:
+        if isinstance(self.tiling, HyperTile):
+            draw = self._draw(moment, self.tiling.seed)
+            rows, columns = (draw.choice(self.tiling.choices(size, self.level)) for size in grid)
+        elif self.tiling is None or not self.tiling.tiles(self.site.downscale):
+            return None
+        else:
+            size = self.tiling.tile(ratio_at(self.tiling.schedule, moment))
+            rows, columns = tile_size(grid[0], size), tile_size(grid[1], size)
+        return None if (rows, columns) == grid else (rows, columns)
+
+    def _pad(self, moment: Moment, grid: _Area, tile: _Area) -> _Area:
+        if self.tiling is None or isinstance(self.tiling, HyperTile) or self.tiling.pad == "end":
             return 0, 0
-        draw = random.Random(f"{self.tiling.seed} {round((1 - moment.progress) * 1000)} {self.site.name}")
+        draw = self._draw(moment, self.tiling.seed)
         rows, columns = (draw.randint(0, -size % part) for size, part in zip(grid, tile, strict=True))
         return rows, columns
+
+    def _draw(self, moment: Moment, seed: int) -> random.Random:
+        """Choices that are the same whenever a run comes to this moment."""
+        return random.Random(f"{seed} {round((1 - moment.progress) * 1000)} {self.site.name}")
+
+
+def level_of(site: AttentionSite) -> int:
+    """The attention level of a site: 0 for the shallowest, one more for every halving of the grid."""
+    return max(0, round(math.log2(site.depth)))
 
 
 @dataclass(frozen=True)
@@ -125,83 +184,13 @@ class Plan:
         return owners
 
 
-def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: bool = True) -> Plan:
-    """Which spec acts where.
-
-    Raises :class:`SlothError` for a spec that acts nowhere, for two that conflict, and with ``strict`` for a selected
-    site whose grid is not known.
-    """
-    images = [site for site in sites if site.kind == "self"]
-    if not images:
-        kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
-        raise SlothError(f"reducing and tiling need self-attention, and this model has none (it has: {kinds})")
-    shallowest = min(images, key=lambda site: site.depth)
-    deepest = max(site.depth for site in images)
-    plans = {site.name: SitePlan(site=site, shallowest=shallowest, deepest=deepest) for site in images}
-    notes = {site.name: f"{site.kind}-attention" for site in sites if site.kind != "self"}
-    for spec in specs:
-        chosen = _selected(spec, sites, images)
-        unfit = {site.name: reason for site in chosen if (reason := _unfit(spec, site, strict)) is not None}
-        if len(unfit) == len(chosen):
-            raise SlothError(
-                f"{type(spec).__name__} acts on no site that it selects: " + _few(map(": ".join, unfit.items()))
-            )
-        for site in chosen:
-            if site.name not in unfit:
-                plans[site.name] = _with(plans[site.name], spec)
-        notes.update(unfit)
-    for name, plan in plans.items():
-        if not plan.specs:
-            notes.setdefault(name, "not selected by where")
-    return Plan(tuple(plan for plan in plans.values() if plan.specs), notes)
-
-
-def _selected(spec: Spec, sites: Sequence[AttentionSite], images: list[AttentionSite]) -> list[AttentionSite]:
-    chosen = [site for site in images if matches(spec.where, site)]
-    if chosen:
-        return chosen
-    others = [site.name for site in sites if matches(spec.where, site)]
-    if others:
-        raise SlothError(
-            f"{type(spec).__name__} acts on self-attention only, and where={spec.where!r} selects none: "
-            f"{_few(others)} are {', '.join(dict.fromkeys(s.kind for s in sites if s.name in others))}-attention"
-        )
-    raise SlothError(
-        f"{type(spec).__name__}: where={spec.where!r} matches no site; nearest: {_few(nearest(spec.where, images))}"
-    )
-
-
-def _unfit(spec: Spec, site: AttentionSite, strict: bool) -> str | None:
-    """Why a spec that selects a site does nothing there."""
-    if site.grid is None:
-        reason = f"{type(spec).__name__} needs rows and columns, and the grid of its {site.q_tokens} tokens is unknown"
-        if strict:
-            raise SlothError(f"{site.name}: {reason}; select other sites with where=, or pass strict=False")
-        return reason
-    if isinstance(spec, SlothfulAttention) and site.stage == "middle" and spec.keep_middle:
-        return "middle block, kept (keep_middle)"
-    if isinstance(spec, NearSightedTile) and not spec.tiles(site.downscale):
-        return f"{site.downscale:g} times coarser than the latent, so not tiled (max_depth={spec.max_depth})"
-    return None
-
-
-def _with(plan: SitePlan, spec: Spec) -> SitePlan:
-    if not isinstance(spec, NearSightedTile):
-        plan = replace(plan, reducing=_only(plan, plan.reducing, spec, "reduce the keys of"))
-    if not isinstance(spec, SlothfulAttention):
-        plan = replace(plan, tiling=_only(plan, plan.tiling, spec, "tile"))
-    return plan
-
-
-def _only(plan: SitePlan, taken: object, spec: _Spec, deed: str) -> _Spec:
-    if taken is not None:
-        raise SlothError(
-            f"{type(taken).__name__} and {type(spec).__name__} both {deed} {plan.site.name}: "
-            "give them different sites with where="
-        )
-    return spec
-
-
-def _few(names: Iterable[str], limit: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f", ... ({len(listed)} in all)" if len(listed) > limit else "")
+def clocks(plans: Iterable[SitePlan]) -> set[str]:
+    """What the plans depend on: "progress", "sigma", both or nothing."""
+    found: set[str] = set()
+    for plan in plans:
+        for spec in plan.specs:
+            clock = getattr(getattr(spec, "schedule", None), "clock", None)
+            drawn = getattr(spec, "pad", None) == "random" or (isinstance(spec, HyperTile) and spec.swap_size > 1)
+            found.update({clock} if clock is not None else ())
+            found.update({"progress"} if drawn else ())
+    return found

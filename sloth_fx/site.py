@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-Kind = Literal["self", "cross", "joint"]
+Kind = Literal["self", "cross", "joint", "temporal", "linear"]
 Stage = Literal["in", "middle", "out"]
+
+
+class LatentSize(NamedTuple):
+    """The size of a latent, in its own units: pixels of the latent, or tokens where the host packs it. One frame for an
+    image, one row for a sequence such as audio."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+class Place(NamedTuple):
+    """Where the image tokens lie in a sequence that may hold others (text, registers) as well.
+
+    They are contiguous, and start ``offset`` tokens after its start, or end ``offset`` tokens before its end.
+    ``alone`` tells that there are no others.
+    """
+
+    offset: int = 0
+    from_end: bool = False
+    alone: bool = True
+
+    def start(self, total: int, tokens: int) -> int:
+        """The first image token, of ``tokens`` in a sequence of ``total``."""
+        return total - tokens - self.offset if self.from_end else self.offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +40,19 @@ class AttentionSite:
     """One attention call, as seen with the inputs that the model was located with.
 
     ``path`` is the *owner*: the innermost module whose forward computes the attention; ``call`` counts the attention
-    calls of that owner. ``depth`` is how much coarser this site's grid is than that of the shallowest attention level
-    (1, 2, 4, ...). ``grid`` is (rows, columns) of the image tokens, ``divisors`` how many latent rows and columns one
-    token stands for. ``text`` is the range of key positions that are text, or ``None``.
+    calls of that owner, and ``core`` those within one call of its forward. ``kind`` tells what attends to what:
+
+    - ``self``: image tokens to image tokens (or text to text: then there is no grid);
+    - ``joint``: image tokens to image tokens and to those of another input, such as text;
+    - ``cross``: to tokens of another input alone;
+    - ``temporal``: to the same place in other frames;
+    - ``linear``: by products of keys and values, without a softmax.
+
+    ``depth`` is how much coarser this site's grid is than that of the shallowest attention level (1, 2, 4, ...).
+    ``grid`` is (rows, columns) of the image tokens, or (frames, rows, columns) where one attention sees several frames.
+    ``divisors`` tell, for each of these, how many of the latent's one token stands for (``None``: the number of tokens
+    is fixed, as in a window). ``text`` is the range of key positions that are text, or ``None``. ``query_place`` and
+    ``key_place`` tell where in the sequence the image tokens lie, and ``on_image`` whether both sides have any.
     """
 
     path: str
@@ -30,9 +65,13 @@ class AttentionSite:
     head_dim: int
     q_tokens: int
     kv_tokens: int
-    grid: tuple[int, int] | None
-    divisors: tuple[float, float] | None
+    grid: tuple[int, ...] | None
+    divisors: tuple[float | None, ...] | None
     text: tuple[int, int] | None
+    query_place: Place = Place()
+    key_place: Place = Place()
+    core: int = 0
+    on_image: bool = True
 
     @property
     def name(self) -> str:
@@ -43,11 +82,17 @@ class AttentionSite:
     @property
     def downscale(self) -> float:
         """Latent rows or columns per token: 1 at the shallowest level of SD1.5, 2 at that of SDXL."""
-        return math.prod(self.divisors) ** 0.5 if self.divisors is not None else self.depth
+        known = [divisor for divisor in self.divisors or () if divisor is not None][-2:]
+        return math.prod(known) ** 0.5 if len(known) == 2 else self.depth
 
-    def grid_at(self, latent: tuple[int, int]) -> tuple[int, int] | None:
-        """(rows, columns) of this site's image tokens for a latent of ``latent`` rows and columns."""
-        if self.divisors is None:
+    def grid_at(self, latent: LatentSize) -> tuple[int, int, int] | None:
+        """(frames, rows, columns) of this site's image tokens for a latent of this size; one frame for an image."""
+        if self.grid is None or self.divisors is None:
             return None
-        rows, columns = (math.ceil(size / divisor) for size, divisor in zip(latent, self.divisors, strict=True))
-        return rows, columns
+        sizes = latent[-len(self.grid) :]
+        grid = [
+            tokens if divisor is None else math.ceil(size / divisor)
+            for tokens, divisor, size in zip(self.grid, self.divisors, sizes, strict=True)
+        ]
+        frames, rows, columns = (1, *grid)[-3:]
+        return frames, rows, columns

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from sloth_fx import node_values
 from sloth_fx.checks import FLAG, accepting, between, check_fields, one_of, or_none, require
-from sloth_fx.errors import SlothError
-from sloth_fx.schedule import SCHEDULE, SCHEDULES, Constant, PeakDecay, Schedule
-from sloth_fx.where import STAGES, Where, as_json, validate
+from sloth_fx.peer_specs import HyperTile, TokenDownsample, TokenMerging
+from sloth_fx.schedule import SCHEDULE, Constant, PeakDecay, Schedule
+from sloth_fx.spec_base import SEED, VERSION, BaseSpec
+from sloth_fx.where import STAGES, Where
 
-VERSION = 1
-"""Version of the JSON form that `to_dict` writes."""
+__all__ = [
+    "VERSION",
+    "HyperTile",
+    "NearSightedAttention",
+    "NearSightedTile",
+    "Reduction",
+    "SlothfulAttention",
+    "Spec",
+    "TokenDownsample",
+    "TokenMerging",
+]
 
 Mode: TypeAlias = Literal["1d_avg", "1d_max", "2d_avg", "2d_max"]
 Axis: TypeAlias = Literal["y", "x"]
@@ -23,7 +33,6 @@ BLEND = between(0, 1)
 TILE_SIZE = between(1, 4096, whole=True)
 GLOBAL_RATIO = between(0, 2)
 MAX_DEPTH = between(1, 8, whole=True)
-SEED = between(0, 2**63 - 1, whole=True)
 POSITIVE = accepting("a number above 0", lambda value: isinstance(value, int | float) and value > 0)
 AXIS = one_of("y", "x")
 PAD = one_of("end", "random")
@@ -45,6 +54,8 @@ class Reduction:
     k_blend, v_blend: 0..1, (1 - blend) * (every n-th token) + blend * (the pooled window), for keys and for values.
     long_axis: in 2d, which axis takes the larger factor ceil(sqrt(stride)): "y" (rows) or "x" (columns).
     border: where the stride does not divide the grid, "keep" lets the last window be partial, "crop" drops it.
+    temporal: frames of a video that are pooled together, besides the windows within frames, whole, 1..64; at sites of
+        kind "temporal" the only reduction there is. It does not vary over the run.
 
     Raises SlothError for a value of the wrong type or out of range. Source: Slothful Attention (strength in the
     release of 2023-12-11, slothful in that of 2023-12-16; the former has long_axis "x", the latter "y"; both crop,
@@ -58,6 +69,7 @@ class Reduction:
     v_blend: float = field(default=0.0, metadata=BLEND)
     long_axis: Axis = field(default="y", metadata=AXIS)
     border: Literal["keep", "crop"] = field(default="keep", metadata=one_of("keep", "crop"))
+    temporal: int = field(default=1, metadata=between(1, 64, whole=True))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,7 +94,7 @@ REDUCTION = accepting("a Reduction(rate=...)", lambda value: isinstance(value, R
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlothfulAttention:
+class SlothfulAttention(BaseSpec):
     """Self-attention over fewer keys and values: the inputs of both projections are pooled, queries stay.
 
     in_, out: the Reduction in the input and output blocks. schedule: how it varies over the sampling run.
@@ -98,9 +110,6 @@ class SlothfulAttention:
     keep_middle: bool = field(default=True, metadata=FLAG)
     where: Where = field(default=None, hash=False)
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def reduction(self, stage: str) -> Reduction | None:
         """The reduction in a stage ("in", "middle", "out"); None where the stage is left alone."""
         return None if stage == "middle" and self.keep_middle else _side(self, stage)
@@ -115,13 +124,9 @@ class SlothfulAttention:
         """
         return cls(**_built(node_values.fields_of("SlothfulAttention", release, values)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON values, for `load_spec`; SlothError for a schedule of your own, or a function as where."""
-        return _to_dict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class NearSightedTile:
+class NearSightedTile(BaseSpec):
     """Self-attention within tiles, plus global samples of the whole grid that every tile sees.
 
     The two that matter:
@@ -160,9 +165,6 @@ class NearSightedTile:
     concat_global: bool = field(default=False, metadata=FLAG)
     where: Where = field(default=None, hash=False)
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def tile(self, ratio: float) -> int:
         """Tile size at a ratio of the schedule: tile_size + (peak - tile_size) * ratio, rounded half to even."""
         return round(_lerp(self.tile_size, self.peak_tile_size, ratio))
@@ -188,13 +190,9 @@ class NearSightedTile:
         """
         return cls(**_built(node_values.fields_of("NearSightedTile", release, values)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON values, for `load_spec`; SlothError for a schedule of your own, or a function as where."""
-        return _to_dict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class NearSightedAttention:
+class NearSightedAttention(BaseSpec):
     """Tiles whose own keys and values are pooled, plus pooled global samples; sites not tiled are pooled whole.
 
     base_tile_size, peak_tile_size: largest edge of a tile, in tokens of the site, at ratio 0 and 1 of the schedule;
@@ -223,9 +221,6 @@ class NearSightedAttention:
     concat_global: bool = field(default=False, metadata=FLAG)
     where: Where = field(default=None, hash=False)
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def tile(self, ratio: float) -> int:
         """Tile size at a ratio of the schedule: base + (peak - base) * ratio, rounded half to even."""
         return round(_lerp(self.base_tile_size, self.peak_tile_size, ratio))
@@ -250,17 +245,10 @@ class NearSightedAttention:
         """
         return cls(**_built(node_values.fields_of("NearSightedAttention", release, values)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON values, for `load_spec`; SlothError for a schedule of your own, or a function as where."""
-        return _to_dict(self)
 
-
-Spec: TypeAlias = SlothfulAttention | NearSightedTile | NearSightedAttention
-
-
-def _check(spec: Spec) -> None:
-    check_fields(spec)
-    object.__setattr__(spec, "where", validate(spec.where))
+Spec: TypeAlias = (
+    SlothfulAttention | NearSightedTile | NearSightedAttention | TokenDownsample | HyperTile | TokenMerging
+)
 
 
 def _side(spec: SlothfulAttention | NearSightedAttention, stage: str) -> Reduction:
@@ -275,12 +263,3 @@ def _lerp(start: float, end: float | None, ratio: float) -> float:
 
 def _built(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: Reduction(**value) if isinstance(value, dict) else value for name, value in values.items()}
-
-
-def _to_dict(spec: Spec) -> dict[str, Any]:
-    kind = type(spec.schedule)
-    if kind not in SCHEDULES.values():
-        raise SlothError(f"schedule={spec.schedule!r:.80} has no JSON form: {', '.join(SCHEDULES)} have one")
-    values = asdict(replace(spec, where=None))
-    values |= {"schedule": {"type": kind.__name__, **values["schedule"]}, "where": as_json(spec.where)}
-    return {"version": VERSION, "type": type(spec).__name__, **values}

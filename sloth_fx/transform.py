@@ -16,8 +16,8 @@ from sloth_fx.locate import as_call, survey
 from sloth_fx.model_adapters import adapter_for
 from sloth_fx.owners import OwnerRewriter, RewrittenOwner
 from sloth_fx.patch import Patch, is_patched
-from sloth_fx.phases import clocks
-from sloth_fx.plan import make_plan
+from sloth_fx.plan import clocks
+from sloth_fx.planner import make_plan
 from sloth_fx.report import Report, SiteReport
 from sloth_fx.spec import Spec
 

@@ -11,7 +11,7 @@ from sloth_fx.checks import between, unknown
 from sloth_fx.errors import SlothError
 
 STAGES = ("in", "middle", "out")
-KINDS = ("self", "cross", "joint", "temporal")
+KINDS = ("self", "cross", "joint", "temporal", "linear")
 KEYS = ("path", "stage", "kind", "depth")
 DEPTH = between(0, 9999)
 FORMS = (
@@ -36,7 +36,8 @@ class Site(Protocol):
 Where: TypeAlias = str | tuple[float, float] | Mapping[str, Any] | Callable[[Any], bool] | None
 """A selector of attention sites.
 
-- ``"in"``, ``"middle"``, ``"out"``: a stage; ``"self"``, ``"cross"``, ``"joint"``, ``"temporal"``: a kind;
+- ``"in"``, ``"middle"``, ``"out"``: a stage; ``"self"``, ``"cross"``, ``"joint"``, ``"temporal"``,
+  ``"linear"``: a kind;
 - any other string: a glob over the whole path, as ``fnmatch.fnmatchcase`` reads it (``*`` crosses dots);
 - ``(1, 2)``: a depth range, both ends included;
 - ``{"path": ..., "stage": ..., "kind": ..., "depth": (1, 2)}``: all of them hold; path, stage and kind may be lists of

@@ -10,7 +10,15 @@ import pytest
 from sloth_fx.errors import SlothError
 from sloth_fx.schedule import Constant, Moment, PeakDecay, StepDecay
 from sloth_fx.serialize import load_spec
-from sloth_fx.spec import NearSightedAttention, NearSightedTile, Reduction, SlothfulAttention
+from sloth_fx.spec import (
+    HyperTile,
+    NearSightedAttention,
+    NearSightedTile,
+    Reduction,
+    SlothfulAttention,
+    TokenDownsample,
+    TokenMerging,
+)
 
 DOCS = Path(__file__).parent.parent / "docs" / "specs.md"
 SPECS = [
@@ -23,6 +31,10 @@ SPECS = [
     ),
     NearSightedAttention(schedule=Constant(), where={"stage": ["in", "out"], "path": ["a*", "b*"]}),
     NearSightedAttention.from_node(release="later", concat_local=True),
+    SlothfulAttention(in_=Reduction(rate=3, temporal=4), where="temporal"),
+    TokenDownsample(factors=(3, 1), where=(1, 2)),
+    HyperTile(tile_size=100, swap_size=3, max_depth=1, scale_depth=False, seed=2**63 - 1, where={"kind": ["self"]}),
+    TokenMerging(ratio=0.3, cell=(3, 2), max_depth=2, tokens="q", seed=7, where="down*"),
 ]
 
 
@@ -49,9 +61,23 @@ def test_the_form() -> None:
     assert "type" not in data["in_"]
 
 
+def test_the_form_of_a_spec_without_a_schedule() -> None:
+    data = TokenMerging(cell=(3, 2)).to_dict()
+    assert list(data) == ["version", "type", "ratio", "cell", "max_depth", "tokens", "seed", "where"]
+    assert (data["type"], data["cell"], data["where"]) == ("TokenMerging", [3, 2], None)
+    assert TokenDownsample().to_dict() == {"version": 1, "type": "TokenDownsample", "factors": [2], "where": None}
+
+
 def test_fields_left_out_take_their_defaults() -> None:
     data = {"version": 1, "type": "SlothfulAttention", "in_": {"rate": 3}, "schedule": {"type": "StepDecay"}}
     assert load_spec(data) == SlothfulAttention(in_=Reduction(rate=3), schedule=StepDecay())
+
+
+@pytest.mark.parametrize("kind", [TokenDownsample, HyperTile, TokenMerging])
+def test_a_type_alone_is_the_default(kind: Any) -> None:
+    assert load_spec({"version": 1, "type": kind.__name__}) == kind()
+    with pytest.raises(SlothError, match="spec: key 'schedule' is unknown"):
+        load_spec({"version": 1, "type": kind.__name__, "schedule": {"type": "Constant"}})
 
 
 def test_loading_leaves_its_input_alone() -> None:
@@ -78,6 +104,7 @@ class MyPeak(PeakDecay):
         (SlothfulAttention(schedule=Ramp()), "Ramp"),
         (NearSightedTile(schedule=MyPeak()), "MyPeak"),
         (NearSightedAttention(where=lambda site: True), "a function"),
+        (TokenDownsample(where=lambda site: True), "a function"),
     ],
 )
 def test_what_has_no_json_form(spec: Any, message: str) -> None:
@@ -105,6 +132,7 @@ def test_what_has_no_json_form(spec: Any, message: str) -> None:
         ({"schedule": {"type": "PeekDecay"}}, r"spec\.schedule: type 'PeekDecay' is unknown, nearest: PeakDecay"),
         ({"schedule": {"type": "StepDecay", "peak_time": 0.4}}, r"spec\.schedule: key 'peak_time' is unknown"),
         ({"schedule": {"type": "PeakDecay", "peak_time": 2}}, r"spec\.schedule: PeakDecay: peak_time=2"),
+        ({"in_": {"rate": 1, "temporal": 65}}, r"spec\.in_: Reduction: temporal=65"),
         ({"keep_middle": 1}, "spec: SlothfulAttention: keep_middle=1"),
         ({"where": {"stag": "in"}}, "spec: where: key 'stag' is unknown, nearest: stage"),
     ],
@@ -115,6 +143,11 @@ def test_what_is_wrong_is_said_with_its_place(change: dict[str, Any], message: s
         load_spec(data)
     with pytest.raises(SlothError, match=re.escape("spec[1]")):
         load_spec([SlothfulAttention().to_dict(), data])
+
+
+def test_a_wrong_factor_is_said_with_its_place() -> None:
+    with pytest.raises(SlothError, match=r"spec: TokenDownsample: factors=\(2, 0\) is refused"):
+        load_spec({"version": 1, "type": "TokenDownsample", "factors": [2, 0]})
 
 
 def test_a_missing_version_and_a_missing_type() -> None:

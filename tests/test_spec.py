@@ -11,9 +11,18 @@ import pytest
 
 from sloth_fx.errors import SlothError
 from sloth_fx.schedule import Constant, Moment, PeakDecay
-from sloth_fx.spec import NearSightedAttention, NearSightedTile, Reduction, SlothfulAttention
+from sloth_fx.spec import (
+    HyperTile,
+    NearSightedAttention,
+    NearSightedTile,
+    Reduction,
+    SlothfulAttention,
+    TokenDownsample,
+    TokenMerging,
+)
 
-SPECS = [SlothfulAttention, NearSightedTile, NearSightedAttention]
+SCHEDULED = [SlothfulAttention, NearSightedTile, NearSightedAttention]
+SPECS = [*SCHEDULED, TokenDownsample, HyperTile, TokenMerging]
 R6, R4 = Reduction(rate=6.0), Reduction(rate=4.0)
 NOT_NUMBERS = [math.nan, math.inf, True, "1", None]
 
@@ -55,6 +64,7 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (Reduction, "v_blend", [-0.1, 1.1, *NOT_NUMBERS]),
     (Reduction, "long_axis", ["z", None]),
     (Reduction, "border", ["crops", True]),
+    (Reduction, "temporal", [0, 65, 2.0, *NOT_NUMBERS]),
     (SlothfulAttention, "in_", [6.0, None, {"rate": 6}, Reduction]),
     (SlothfulAttention, "out", [4]),
     (SlothfulAttention, "keep_middle", [1, None, "yes"]),
@@ -79,6 +89,17 @@ REFUSED: list[tuple[type, str, list[Any]]] = [
     (NearSightedAttention, "pad", ["none"]),
     (NearSightedAttention, "seed", [2**63]),
     (NearSightedAttention, "concat_global", ["no"]),
+    (TokenDownsample, "factors", [(), (0,), (2, 65), (2.0,), (True,), 2, "2", None, (1,) * 9, ((2,),)]),
+    (HyperTile, "tile_size", [0, 8193, 256.0, *NOT_NUMBERS]),
+    (HyperTile, "swap_size", [0, 17, 2.0, *NOT_NUMBERS]),
+    (HyperTile, "max_depth", [-1, 8, 1.0, *NOT_NUMBERS]),
+    (HyperTile, "scale_depth", [1, None]),
+    (HyperTile, "seed", [-1, 2**63, 0.0, True]),
+    (TokenMerging, "ratio", [-0.1, 1.1, *NOT_NUMBERS]),
+    (TokenMerging, "cell", [2, (2,), (2, 2, 2), (0, 2), (2, 65), (2, 2.0), "22", None]),
+    (TokenMerging, "max_depth", [-1, 8, *NOT_NUMBERS]),
+    (TokenMerging, "tokens", ["ALL", "k", None, True]),
+    (TokenMerging, "seed", [-1, 2**63]),
 ]
 
 
@@ -113,7 +134,7 @@ def test_a_schedule_of_ones_own_is_accepted() -> None:
         def ratio(self, moment: Moment) -> float:
             return moment.progress
 
-    for kind in SPECS:
+    for kind in SCHEDULED:
         assert kind(schedule=Ramp()).schedule.clock == "progress"
     Ramp.clock = "seconds"
     with pytest.raises(SlothError, match="takes a schedule: PeakDecay"):

@@ -23,6 +23,7 @@ SITES = [
     Site("up.0.attn1", "out", "self", 2),
     Site("up.0.attn2", "out", "cross", 2),
 ]
+OTHERS = [Site("blocks.0.attn", "in", "temporal", 1), Site("blocks.1.attn", "in", "linear", 1)]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,12 @@ SITES = [
 )
 def test_matches(where: Where, expected: list[int]) -> None:
     assert [index for index, site in enumerate(SITES) if matches(where, site)] == expected
+
+
+@pytest.mark.parametrize("kind", ["temporal", "linear"])
+def test_kinds_that_unets_do_not_have(kind: str) -> None:
+    for where in (kind, {"kind": kind}, {"kind": ["cross", kind]}):
+        assert [site.kind for site in OTHERS if matches(where, site)] == [kind]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ class HintTracer(fx.Tracer):
     def decide(self, node: fx.Node) -> None:
         """The value of ``node`` is about to steer Python: it becomes part of the capture."""
         behind = _behind(node)
+        if any("depends_on_data" in each.meta for each in behind):
+            raise NotImplementedError("what its forward does depends on the data in its inputs")
         self.type_steered = self.type_steered or any(
             each.target is getattr and each.args[1] in ("dtype", "device") for each in behind
         )

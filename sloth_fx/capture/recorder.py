@@ -10,15 +10,20 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sloth_fx.capture.call import labelled_tensors
+from sloth_fx.capture.evaluate import evaluate
+from sloth_fx.capture.host_functions import HostFunction, intercept
 from sloth_fx.capture.proxy import HintProxy, HintTracer, is_proxy
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.copying import copy_module
+
+__all__ = ["Recorder", "evaluate", "has_effect"]
 
 # Functions that make a tensor from sizes: the sizes may be traced, and the result is never a constant of the model.
 _FACTORIES = frozenset(
@@ -49,7 +54,7 @@ class Recorder(HintTracer):
             node.meta["hint"] = tensor
             proxies.append(self.proxy(node))
         args, kwargs = _substitute((args, kwargs), iter(proxies))
-        with _Recording(self):
+        with _Recording(self), intercept(self._host_function):
             result = self.root.forward(*args, **kwargs)
         self.graph.output(self.create_arg(result))
         self.graph.eliminate_dead_code(has_effect)
@@ -70,11 +75,19 @@ class Recorder(HintTracer):
 
         return forward
 
+    def _host_function(
+        self, entry: HostFunction, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A host's own attention function is a leaf: the backend that its user chose stays."""
+        return self.create_proxy("call_function", function, args, kwargs)
+
     def create_arg(self, a: Any) -> Any:
         if is_proxy(a):  # it answers isinstance(a, torch.Tensor), so ask this first
             return a.node
         if isinstance(a, torch.Tensor):
             return self.attribute(a).node
+        if isinstance(a, np.generic):  # its repr is no code that the generated function could run
+            return a.item()
         return super().create_arg(a)
 
     def attribute(self, tensor: torch.Tensor) -> Any:
@@ -100,20 +113,6 @@ class Recorder(HintTracer):
         return node
 
 
-def evaluate(node: fx.Node, owner: nn.Module, mode: Any) -> Any:
-    """The hint of ``node`` from the hints of its inputs (shapes only: nothing is computed)."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["hint"])
-    with torch._C.DisableTorchFunction(), mode, torch.no_grad():
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(owner)
-        if node.op == "call_module":
-            return owner.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-
 class _Recording(TorchFunctionMode):
     """Records what proxies alone would not see: factories, and functions of parameters alone."""
 
@@ -127,13 +126,16 @@ class _Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FACTORIES:
             return self.recorder.create_proxy("call_function", func, args, kwargs)
-        own = args and id(args[0]) in self.recorder.attributes
-        if not own or any(map(is_proxy, tree_leaves((args, kwargs)))):
+        leaves = tree_leaves((args, kwargs))
+        attributes = self.recorder.attributes
+        if any(map(is_proxy, leaves)) or not any(id(leaf) in attributes for leaf in leaves):
             return func(*args, **kwargs)  # with proxies on to Proxy.__torch_function__; else a hint is being read
-        attribute = self.recorder.attribute(args[0])
+        args, kwargs = tree_map(
+            lambda leaf: self.recorder.attribute(leaf) if id(leaf) in attributes else leaf, (args, kwargs)
+        )
         if func.__name__ == "__get__":  # parameter.dtype, .shape, .device, .ndim
-            return getattr(attribute, func.__self__.__name__)
-        return HintProxy.__torch_function__(func, types, (attribute, *args[1:]), kwargs)
+            return getattr(args[0], func.__self__.__name__)
+        return HintProxy.__torch_function__(func, types, args, kwargs)
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,9 +1,10 @@
-"""Run a skeleton once and watch: which module computes attention, from which tensors, in which order."""
+"""Run a skeleton once and watch: which module computes attention, from which tokens, in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,18 +13,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from sloth_fx.capture.host_functions import HostCall, HostFunction, intercept
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
+from sloth_fx.locate.places import Places, spread, varies
+from sloth_fx.locate.provenance import Provenance, Scores, Source, places_of, set_places
 
 _SDPA = F.scaled_dot_product_attention
-_SOFTMAX = frozenset({torch.softmax, F.softmax, torch.Tensor.softmax})
-_PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm})
-_ADDED_PRODUCTS = frozenset({torch.baddbmm, torch.Tensor.baddbmm})
-_CONVOLUTIONS = frozenset({F.conv1d, F.conv2d, F.conv3d})
+_MULTIHEAD = F.multi_head_attention_forward
 _CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 
-@dataclass
+@dataclass(eq=False)
 class OwnerCall:
     """One call of a module, with its fake arguments."""
 
@@ -31,18 +32,26 @@ class OwnerCall:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    attentions: list[AttentionEvent] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class AttentionEvent:
-    """One attention: when it happened, in which owner call, and the tensors it compares."""
+    """One attention: when it happened, in which owner call, and the tokens it compares.
+
+    ``query`` and ``key`` are the places of the tokens, (rows of the batch, tokens), ``None`` where nobody knows.
+    ``linear`` tells that there is no softmax: keys and values were multiplied first.
+    """
 
     time: int
     owner: OwnerCall
-    query: torch.Tensor
-    key: torch.Tensor
+    heads: int
+    head_dim: int
+    q_tokens: int
     kv_tokens: int
-    grid: tuple[int, int] | None
+    query: Places | None
+    key: Places | None
+    linear: bool = False
 
 
 class _SeenEnough(BaseException):
@@ -50,27 +59,40 @@ class _SeenEnough(BaseException):
 
 
 class Probe(TorchFunctionMode):
-    """Everything one shape-only run of ``skeleton`` on ``inputs`` tells.
+    """Everything one shape-only run of ``skeleton`` on ``(args, kwargs)`` tells.
 
+    ``inputs`` are the tensors among the arguments whose elements are followed, by name, the latent first.
     ``attentions`` are in order of execution; ``skips`` are the channel concatenations that join an older feature map
     (when it was made, when it was joined): the skip connections of a UNet, which tell its stages apart.
-    With ``until`` the run stops once attention was seen in each of these modules (paths).
+    With ``until`` the run stops once attention was seen as often as that in each of these modules (paths).
     """
 
     def __init__(
-        self, skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], until: Iterable[str] = ()
+        self,
+        skeleton: Skeleton,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: Mapping[str, torch.Tensor],
+        until: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self._awaited = set(until)
+        self._awaited = dict(until or {})
         self.attentions: list[AttentionEvent] = []
         self.skips: list[tuple[int, int]] = []
         self._time = 0
-        self._made: dict[int, tuple[int, torch.Tensor, list[torch.Tensor]]] = {}  # by id: when, itself, made from what
-        self._grids: dict[int, tuple[int, int]] = {}
+        self._made: dict[int, tuple[int, torch.Tensor]] = {}  # by id: when, and itself
+        self._last_chunk: tuple[OwnerCall, int, int] | None = None
         self._stack: list[OwnerCall] = []
-        hooks = list(self._follow(skeleton.model))
+        self._provenance = Provenance(inputs, self._spelled_out, self._without_softmax)
+        self._inside = False  # a function that computes attention, whose own operations tell nothing
         try:
-            with skeleton.running(), self:
+            with ExitStack() as stack:
+                for hook in self._follow(skeleton.model):
+                    stack.callback(hook.remove)
+                stack.enter_context(skeleton.running())
+                stack.enter_context(intercept(self._host_function))
+                stack.enter_context(self._provenance)
+                stack.enter_context(self)
                 skeleton.model(*args, **kwargs)
         except _SeenEnough:
             pass
@@ -79,24 +101,10 @@ class Probe(TorchFunctionMode):
                 f"{type(skeleton.model).__name__} does not run on these inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {error}; example_inputs= takes others"
             ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def sources(self, tensor: torch.Tensor, owner: OwnerCall) -> set[int]:
-        """The tensors among the arguments of ``owner`` (by identity) from which ``tensor`` was computed."""
-        arguments = {id(leaf) for leaf in tree_leaves((owner.args, owner.kwargs)) if isinstance(leaf, torch.Tensor)}
-        found: set[int] = set()
-        seen: set[int] = set()
-        waiting = [tensor]
-        while waiting:
-            current = waiting.pop()
-            if id(current) in arguments:
-                found.add(id(current))
-            elif id(current) not in seen:
-                seen.add(id(current))
-                waiting.extend(self._made.get(id(current), (0, current, []))[2])
-        return found
+    @property
+    def sources(self) -> list[Source]:
+        return self._provenance.sources
 
     def _follow(self, model: nn.Module) -> Iterator[Any]:
         for path, module in model.named_modules():
@@ -116,55 +124,136 @@ class Probe(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        if func is _SDPA:
+            query, key = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(("query", "key")))
+            result = self._outright(func, args, kwargs)
+            self._attention(query, key)
+            _keep_queries(query, result)
+        elif func is _MULTIHEAD:
+            result = self._outright(func, args, kwargs)
+            self._multihead(*args, result=result[0], **kwargs)
+        else:
+            result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not outputs:
             return result
         self._time += 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if func is _SDPA:
-            query, key = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(("query", "key")))
-            self._attention(query, key, key.shape[-2])
-        elif func in _SOFTMAX and kwargs.get("dim", args[-1]) in (-1, inputs[0].ndim - 1):
-            product = self._product_behind(inputs[0])
-            if product is not None:
-                self._attention(*product, product[1].shape[-1])
-        elif func in _CONCATENATIONS:
+        if func in _CONCATENATIONS:
             self._concatenation(inputs, outputs[0])
-        elif func in _CONVOLUTIONS and outputs[0].ndim == 4:
-            rows, columns = outputs[0].shape[-2:]
-            self._grids[rows * columns] = (rows, columns)
         for leaf in outputs:
             if not any(leaf is tensor for tensor in inputs):
-                self._made[id(leaf)] = (self._time, leaf, inputs)
-                if func in _PRODUCTS or func in _ADDED_PRODUCTS:
-                    leaf._sloth_fx_factors = tuple(inputs[-2:])  # type: ignore[attr-defined]
+                self._made[id(leaf)] = self._time, leaf
         return result
 
-    def _attention(self, query: torch.Tensor, key: torch.Tensor, kv_tokens: int) -> None:
-        grid = self._grids.get(query.shape[-2])
+    def _outright(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inside, self._inside = self._inside, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._inside = inside
+
+    def _host_function(self, entry: HostFunction, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = HostCall.read(entry, args, kwargs)
+        result = call.empty()
+        rows = _rows(call.query)
+        if rows is not None:
+            _, layout = entry.layout_of(entry.arguments(args, kwargs))
+            layout = layout if len(layout) == result.ndim else layout.replace("H", "")
+            tokens = rows if "B" in layout else rows[0]
+            shape = [size if letter in "BN" else 1 for letter, size in zip(layout, result.shape, strict=True)]
+            set_places(result, spread(tokens.reshape(shape), result.shape))
+        self._attention(call.query, call.key)
+        return result
+
+    def _multihead(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: Any,
+        width: int,
+        heads: int,
+        *_: Any,
+        result: Any,
+        **__: Any,
+    ) -> None:
+        """torch's own function takes tokens first: (N, B, C) or (N, C)."""
+        places = [places_of(tensor) for tensor in (query, key)]
+        rows = [
+            each.reshape(*each.shape[:1], -1, each.shape[-1])[..., 0].T if each is not None else None for each in places
+        ]
+        self._add(heads, width // heads, query.shape[0], key.shape[0], rows[0], rows[1])
+        set_places(result, places[0] if places[0] is None else spread(places[0][..., :1], result.shape))
+
+    def _spelled_out(self, scores: Scores) -> None:
+        if self._inside:
+            return
+        query, key = scores.query, scores.key_transposed.mT
+        chunk = self._stack[-1], _storage(query), _storage(key)
+        if chunk != self._last_chunk:  # a loop over parts of one query and key is one attention
+            self._attention(query, key)
+        self._last_chunk = chunk
+
+    def _without_softmax(self) -> None:
+        if not self._inside and not any(event.linear for event in self._stack[-1].attentions):
+            self._add(1, 1, 0, 0, None, None, linear=True)
+
+    def _attention(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Of query (..., N, D) and key (..., M, D)."""
+        rows = [_rows(tensor) for tensor in (query, key)]
+        heads = query.shape[-3] if query.ndim >= 4 else _folded_heads(query, rows[0], self._stack[-1])
+        self._add(heads, query.shape[-1], query.shape[-2], key.shape[-2], *rows)
+
+    def _add(self, *fields: Any, linear: bool = False) -> None:
         owner = self._stack[-1]
-        self.attentions.append(AttentionEvent(self._time, owner, query, key, kv_tokens, grid))
+        event = AttentionEvent(self._time, owner, *fields, linear=linear)
+        self.attentions.append(event)
+        owner.attentions.append(event)
+        self._last_chunk = None
         if owner.path in self._awaited:
-            self._awaited.remove(owner.path)
-            if not self._awaited:
+            self._awaited[owner.path] -= 1
+            if not any(self._awaited.values()):
                 raise _SeenEnough
 
-    def _product_behind(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The factors q and k^T of attention scores, through scaling, masking and casts of the same shape."""
-        current: torch.Tensor | None = scores
-        while current is not None and current.shape == scores.shape:
-            factors = getattr(current, "_sloth_fx_factors", None)
-            if factors is not None:
-                return factors if factors[0].shape[-2] == scores.shape[-2] else None
-            made_from = self._made.get(id(current), (0, current, []))[2]
-            current = next((tensor for tensor in made_from if tensor.shape == scores.shape), None)
-        return None
-
     def _concatenation(self, inputs: list[torch.Tensor], result: torch.Tensor) -> None:
-        maps = [tensor for tensor in inputs if tensor.ndim == 4 and id(tensor) in self._made]
-        if len(maps) == len(inputs) == 2 and result.shape[1] == maps[0].shape[1] + maps[1].shape[1]:
-            self.skips.append((min(self._made[id(tensor)][0] for tensor in maps), self._time))
+        """Two feature maps (B, C, ...) that meet at the same pixels."""
+        if len(inputs) != 2 or result.ndim < 3 or result.shape[1] != sum(tensor.shape[1] for tensor in inputs):
+            return
+        places = [places_of(tensor) for tensor in inputs]
+        known = all(id(tensor) in self._made for tensor in inputs)
+        if known and all(each is not None and not varies(each, 1) and varies(each, -1) for each in places):
+            self.skips.append((min(self._made[id(tensor)][0] for tensor in inputs), self._time))
+
+
+def _rows(tensor: torch.Tensor) -> Places | None:
+    """The places of tokens (B, H, N, D), (B * H, N, D) or (B, N, D), by row of the batch."""
+    places = places_of(tensor)
+    if places is None:
+        return None
+    places = places[..., 0]
+    while places.ndim > 2:  # heads, and whatever else there is
+        places = places[:, 0]
+    return places if places.ndim == 2 else places[None]
+
+
+def _folded_heads(query: torch.Tensor, rows: Places | None, owner: OwnerCall) -> int:
+    """Heads that are folded into the batch repeat their places; else count how often the owner's batch fits."""
+    if rows is not None and len(rows) > 1:
+        different = (rows[1:] != rows[:-1]).any(1).nonzero()[0]
+        if len(different):
+            return int(different[0]) + 1
+    tokens = next((tensor for tensor in tree_leaves((owner.args, owner.kwargs)) if hasattr(tensor, "shape")), query)
+    return max(1, query.shape[0] // tokens.shape[0]) if tokens.ndim else 1
+
+
+def _keep_queries(query: torch.Tensor, result: torch.Tensor) -> None:
+    places = places_of(query)
+    if places is not None and result.shape[:-1] == query.shape[:-1]:
+        set_places(result, spread(places[..., :1], result.shape))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

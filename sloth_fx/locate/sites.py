@@ -2,95 +2,167 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sloth_fx.locate.probe import AttentionEvent, Probe
-from sloth_fx.site import AttentionSite, Kind, Stage
+from sloth_fx.locate.tokens import ImageTokens, Latent, Tokens, kind_of, read_tokens
+from sloth_fx.site import AttentionSite, Kind, LatentSize, Place, Stage
 
 _HALVINGS = [2**power for power in range(8)]
 _WHOLE = range(3, 65)
+_Divisors = tuple[float, float, float]
 
 
-def locate(probe: Probe, latent: tuple[int, int] | None) -> list[AttentionSite]:
+@dataclass(frozen=True)
+class _Seen:
+    """One attention and what its tokens are."""
+
+    event: AttentionEvent
+    kind: Kind
+    query: Tokens
+    key: Tokens
+
+    @property
+    def on_image(self) -> bool:
+        """Whether image tokens attend to image tokens; where nothing is known, they may."""
+        known = self.query.sources and self.key.sources
+        return self.kind in ("self", "joint", "temporal") and (not known or self.image is not None)
+
+    @property
+    def image(self) -> ImageTokens | None:
+        return self.query.image if self.kind == "cross" else self.key.image
+
+
+def locate(
+    probe: Probe, latent: Latent, text: frozenset[str], again: tuple[Probe, Latent] | None = None
+) -> list[AttentionSite]:
     """The attention sites of a probed model, in order of execution.
 
-    ``latent`` is (rows, columns) of the latent that the probe ran on.
+    ``text`` names the inputs that are text. ``again`` is a run at another size, which tells what moves with size; it
+    may have stopped early.
     """
-    events = probe.attentions
-    kinds = [_kind(probe, event) for event in events]
-    divisors = [_divisors(event, latent) for event in events]
-    scales = [
-        math.prod(divisor) ** 0.5 if divisor else 1 / math.sqrt(event.query.shape[-2])
-        for event, divisor in zip(events, divisors, strict=True)
-    ]
-    images = [scale for scale, kind in zip(scales, kinds, strict=True) if kind != "cross"]
-    shallowest = min(images or scales)
-    last_skip = max(probe.skips, default=None)
-    calls: dict[str, int] = {}
+    seen = _read(probe, latent, text)
+    resized = _read(*again, text) if again is not None else []
+    divisors = [_divisors(each.image, latent.size) for each in seen]
+    scales = [_scale(each) for each in divisors]
+    of_images = [scale for scale, each in zip(scales, seen, strict=True) if each.on_image and each.kind != "temporal"]
+    shallowest = min((scale for scale in of_images or scales if scale is not None), default=1.0)
+    stages = _stages(probe, seen, divisors)
+    places = _Places()
+    counts: dict[str, int] = {}
     sites = []
-    for event, kind, divisor, scale in zip(events, kinds, divisors, scales, strict=True):
-        path = event.owner.path
-        calls[path] = calls.get(path, -1) + 1
-        heads, head_dim = _heads(event)
+    for index, each in enumerate(seen):
+        event, image = each.event, each.image
+        counts[event.owner.path] = counts.get(event.owner.path, -1) + 1
+        again_here = resized[index] if index < len(resized) else None
         sites.append(
             AttentionSite(
-                path=path,
-                call=calls[path],
+                path=event.owner.path,
+                call=counts[event.owner.path],
+                core=event.owner.attentions.index(event),
                 owner=type(event.owner.module).__name__,
-                kind=kind,
-                stage=_stage(event.time, last_skip),
-                depth=round(scale / shallowest, 3),
-                heads=heads,
-                head_dim=head_dim,
-                q_tokens=event.query.shape[-2],
+                kind=each.kind,
+                stage=stages[index],
+                depth=round((scales[index] or shallowest) / shallowest, 3),
+                heads=event.heads,
+                head_dim=event.head_dim,
+                q_tokens=event.q_tokens,
                 kv_tokens=event.kv_tokens,
-                grid=event.grid,
-                divisors=divisor,
-                text=(0, event.kv_tokens) if kind == "cross" else None,
+                grid=_relevant(image.grid, image) if image is not None and image.grid is not None else None,
+                divisors=_relevant(divisors[index], image, moving=True) if image is not None else None,
+                text=each.key.text,
+                query_place=places.of(each.query, again_here.query if again_here is not None else None),
+                key_place=places.of(each.key, again_here.key if again_here is not None else None),
+                on_image=each.on_image,
             )
         )
     return sites
 
 
-def _kind(probe: Probe, event: AttentionEvent) -> Kind:
-    """Self: keys come from what the queries come from. Cross: from something else. Joint: from both."""
-    query, key = (probe.sources(tensor, event.owner) for tensor in (event.query, event.key))
-    if key <= query:
-        return "self"
-    return "joint" if key & query else "cross"
+def _read(probe: Probe, latent: Latent, text: frozenset[str]) -> list[_Seen]:
+    seen = []
+    for event in probe.attentions:
+        query = read_tokens(event.query, event.q_tokens, probe.sources, latent, text)
+        key = read_tokens(event.key, event.kv_tokens, probe.sources, latent, text)
+        seen.append(_Seen(event, "linear" if event.linear else kind_of(query, key), query, key))
+    return seen
 
 
-def _stage(time: int, last_skip: tuple[int, int] | None) -> Stage:
+def _stages(probe: Probe, seen: Sequence[_Seen], divisors: Sequence[_Divisors | None]) -> list[Stage]:
     """The last skip connection that a UNet makes is the first one that it joins.
 
     It was made when the input blocks ended, and is joined when the output blocks begin; between lies the middle. A
-    model without skip connections is all input.
+    model without skip connections at one scale is a stack of blocks, of which the first half is input and the second
+    half output. One with several scales is half a UNet, so all input.
     """
-    if last_skip is None or time < last_skip[0]:
-        return "in"
-    return "middle" if time < last_skip[1] else "out"
+    last = max(probe.skips, default=None)
+    if last is not None:
+        return ["in" if s.event.time < last[0] else "middle" if s.event.time < last[1] else "out" for s in seen]
+    blocks = list(itertools.accumulate(each.on_image for each in seen))
+    if len({scale for scale in map(_scale, divisors) if scale is not None}) > 1:
+        return ["in" for _ in seen]
+    return ["in" if max(block - 1, 0) * 2 < blocks[-1] else "out" for block in blocks]
 
 
-def _heads(event: AttentionEvent) -> tuple[int, int]:
-    """(heads, head_dim). Three-dimensional attention has its heads folded into the batch."""
-    query = event.query
-    if query.ndim >= 4:
-        return query.shape[-3], query.shape[-1]
-    tokens = next(
-        (tensor for tensor in (*event.owner.args, *event.owner.kwargs.values()) if hasattr(tensor, "shape")), query
-    )
-    return max(1, query.shape[0] // tokens.shape[0]), query.shape[-1]
+class _Places:
+    """Where image tokens lie: fixed to the end of a sequence if what comes before them changes with the inputs."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, int], Place] = {}
+
+    def of(self, tokens: Tokens, resized: Tokens | None) -> Place:
+        if tokens.image is None:
+            return Place()
+        before, after = tokens.image.start, tokens.total - tokens.image.stop
+        key = before, tokens.image.stop, tokens.total
+        if key not in self._known:
+            self._known[key] = self._place(tokens, before, after, resized)
+        return self._known[key]
+
+    def _place(self, tokens: Tokens, before: int, after: int, resized: Tokens | None) -> Place:
+        if before == after == 0:
+            return Place()
+        if resized is not None and resized.image is not None:
+            still_before = resized.image.start == before
+            still_after = resized.total - resized.image.stop == after
+            if still_before != still_after:
+                return Place(before if still_before else after, from_end=not still_before, alone=False)
+        from_end = before > 0 and (after == 0 or (tokens.text is not None and tokens.text[0] < before))
+        return Place(after if from_end else before, from_end=from_end, alone=False)
 
 
-def _divisors(event: AttentionEvent, latent: tuple[int, int] | None) -> tuple[float, float] | None:
-    """How many latent rows and columns one token stands for, so that ceil(latent / divisor) gives the grid.
+def _divisors(image: ImageTokens | None, latent: LatentSize | None) -> _Divisors | None:
+    """How many latent frames, rows and columns one token stands for, so that ceil(latent / divisor) gives the grid.
 
     Halving is the rule, so powers of two come first: 13 rows become 7, 4, 2, of which the last is an eighth, though a
     seventh would fit as well.
     """
-    if latent is None or event.grid is None:
+    if image is None or image.grid is None or latent is None:
         return None
+    frames, *grid = image.levels
     for divisor in (*_HALVINGS, *_WHOLE):
-        if all(math.ceil(size / divisor) == tokens for size, tokens in zip(latent, event.grid, strict=True)):
-            return divisor, divisor
-    return latent[0] / event.grid[0], latent[1] / event.grid[1]
+        if all(math.ceil(size / divisor) == tokens for size, tokens in zip(latent[1:], grid, strict=True)):
+            return _divisor(latent.frames, frames), divisor, divisor
+    return _divisor(latent.frames, frames), _divisor(latent.rows, grid[0]), _divisor(latent.columns, grid[1])
+
+
+def _divisor(size: int, tokens: int) -> float:
+    return next((each for each in (*_HALVINGS, *_WHOLE) if math.ceil(size / each) == tokens), size / tokens)
+
+
+def _scale(divisors: _Divisors | None) -> float | None:
+    return math.sqrt(divisors[1] * divisors[2]) if divisors is not None else None
+
+
+def _relevant(values: Any, image: ImageTokens, *, moving: bool = False) -> Any:
+    """Of (frames, rows, columns) the last two, unless one attention sees several frames. With ``moving``, ``None`` for
+    axes of which one attention sees a part: that does not grow with the latent."""
+    if values is None or image.grid is None:
+        return None
+    if moving:
+        values = tuple(value if whole else None for value, whole in zip(values, image.whole, strict=True))
+    return tuple(values if image.grid[0] > 1 else values[1:])

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from sloth_fx.capture.call import read_call
 from sloth_fx.capture.capture import Call, fingerprint
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.locate.probe import Probe
+from sloth_fx.locate.resize import resized_calls
 from sloth_fx.locate.sites import locate
-from sloth_fx.model_adapters import Arguments, ModelAdapter, latent_size
-from sloth_fx.site import AttentionSite
+from sloth_fx.locate.tokens import Latent, guess_axes
+from sloth_fx.model_adapters import Arguments, ModelAdapter
+from sloth_fx.site import AttentionSite, LatentSize
+
+_LARGEST_REAL = 2**16  # elements
+_NO_FEATURES = ("mask", "ids", "indices", "index", "position", "pos", "rotary", "rope", "coords", "freqs", "time")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One call of an owner, and how many attentions it computed."""
+
+    call: Call
+    attentions: int
 
 
 @dataclass(frozen=True)
 class Survey:
     """What the trial runs of a model told.
 
-    By path of the owner, ``calls`` holds the arguments of its first call, and ``structure`` what it shares with the
-    owners that take the same path through the same code. ``resized`` holds, for each such structure, a call at another
-    size (none where the model does not run at another size).
+    By path of the owner, ``visits`` holds its calls in order, and ``structure`` what it shares with the owners that
+    take the same path through the same code. ``resized`` holds, for each such structure, its calls at another size
+    (none where the model does not run at another size).
     """
 
     skeleton: Skeleton
     sites: list[AttentionSite]
-    calls: dict[str, Call]
+    visits: dict[str, list[Visit]]
     structure: dict[str, Hashable]
-    resized: dict[Hashable, Call]
-    latent: tuple[int, int] | None
+    resized: dict[Hashable, list[Visit]]
+    latent: LatentSize | None
 
 
 def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
@@ -42,19 +56,29 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     Raises :class:`SlothError` when the model does not run on these inputs, or has no attention.
     """
     skeleton = Skeleton(model)
-    args, kwargs = skeleton.fake_inputs(call)
-    probe = Probe(skeleton, args, kwargs)
+    arguments = Arguments(model, adapter)
+    size = arguments.size(*call)  # before the values of the arguments are gone
+    args, kwargs = _small_ones_real(skeleton, call)
+    inputs = _followed(arguments, args, kwargs)
+    probe = Probe(skeleton, args, kwargs, inputs)
     if not probe.attentions:
         raise SlothError(f"{type(model).__name__} computes no attention: there is nothing to transform")
-    latent = Arguments(model, adapter).latent(args, kwargs)
-    size = latent_size(latent)
-    sites = locate(probe, size)
-    calls = _first_calls(probe)
-    structure = {path: _structure(skeleton, path, first) for path, first in calls.items()}
+    latent = Latent(adapter.axes or _axes(probe), size)
+    visits = _visits(probe)
+    structure = {path: _structure(skeleton, path, each) for path, each in visits.items()}
     examples = {each: path for path, each in reversed(structure.items())}  # the first owner of each structure
-    again = _first_calls(_probe_resized(skeleton, (args, kwargs), latent, examples.values()))
-    resized = {each: again[path] for each, path in examples.items() if path in again}
-    return Survey(skeleton, sites, calls, structure, resized, size)
+    until = {path: sum(visit.attentions for visit in visits[path]) for path in examples.values()}
+    resized = _probe_resized(skeleton, adapter, arguments, (args, kwargs), until, latent)
+    text = frozenset(arguments.text(args, kwargs))
+    again = _visits(resized[0]) if resized is not None else {}
+    return Survey(
+        skeleton,
+        locate(probe, latent, text, resized),
+        visits,
+        structure,
+        {each: again[path] for each, path in examples.items() if path in again},
+        size,
+    )
 
 
 def as_call(example_inputs: Any) -> Call:
@@ -71,42 +95,84 @@ def as_call(example_inputs: Any) -> Call:
     )
 
 
-def _first_calls(probe: Probe | None) -> dict[str, Call]:
-    events = probe.attentions if probe is not None else []
-    calls: dict[str, Call] = {}
-    for event in events:
-        calls.setdefault(event.owner.path, (event.owner.args, event.owner.kwargs))
-    return calls
+def _small_ones_real(skeleton: Skeleton, value: Any) -> Any:
+    """Arguments without data, except for small ones: hosts steer by lengths, masks, coordinates, empty embeddings."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() <= _LARGEST_REAL and value.device.type != "meta" and not is_fake(value):
+            return value.detach().to(skeleton.device)
+        return skeleton.fake(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_small_ones_real(skeleton, item) for item in value)
+    if isinstance(value, dict):
+        return {name: _small_ones_real(skeleton, item) for name, item in value.items()}
+    return value
 
 
-def _structure(skeleton: Skeleton, path: str, call: Call) -> Hashable:
-    pattern, tensors = read_call(*call)
-    return fingerprint(skeleton.model.get_submodule(path)), repr(pattern), tuple(tensor.ndim for tensor in tensors)
+def _followed(arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The inputs that may become tokens: the latent, then text, then whatever else has tokens."""
+    latent = arguments.latent(args, kwargs)
+    found = {"latent": latent} if isinstance(latent, torch.Tensor) else {}
+    found |= arguments.text(args, kwargs)
+    for name, tensor in _named_tensors("", kwargs, args):
+        if tensor.ndim >= 3 and tensor.is_floating_point() and not any(word in name for word in _NO_FEATURES):
+            found.setdefault(name, tensor)
+    unique: dict[int, str] = {}
+    for name, tensor in found.items():
+        unique.setdefault(id(tensor), name)
+    return {name: found[name] for name in unique.values() if found[name].numel() > 0}
 
 
-def _probe_resized(skeleton: Skeleton, call: Call, latent: Any, until: Iterable[str]) -> Probe | None:
-    """A run with one image more, twice the rows and three times the columns; ``None`` if the model refuses."""
-    size = latent_size(latent)
-    if size is None:
-        return None
-    batch = latent.shape[0]
-
-    def resized(value: Any) -> Any:
+def _named_tensors(prefix: str, kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
+    for name, value in (*((str(index), value) for index, value in enumerate(args)), *kwargs.items()):
         if isinstance(value, torch.Tensor):
-            shape = list(value.shape)
-            if shape and shape[0] == batch:
-                shape[0] += 1
-            if len(shape) >= 4 and tuple(shape[-2:]) == size:
-                shape[-2:] = [2 * size[0], 3 * size[1]]
-            return skeleton.fake(torch.empty(shape, dtype=value.dtype, device="meta"))
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(resized, value))
-        if isinstance(value, dict):
-            return {name: resized(item) for name, item in value.items()}
-        return value
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _named_tensors(f"{prefix}{name}.", value)
+        elif isinstance(value, (list, tuple)):
+            yield from _named_tensors(f"{prefix}{name}.", {}, tuple(value))
 
-    args, kwargs = resized(call)
-    try:
-        return Probe(skeleton, args, kwargs, until)
-    except SlothError:
-        return None
+
+def _axes(probe: Probe) -> str:
+    """The axes of the latent, from those along which the first attention finds its tokens."""
+    if not probe.sources or probe.sources[0].name != "latent":
+        return ""
+    latent = probe.sources[0]
+    for event in probe.attentions:
+        if event.query is not None and latent.holds(event.query).any():
+            return guess_axes(event.query, latent)
+    return "b" + "_" * (len(latent.shape) - 1)
+
+
+def _visits(probe: Probe) -> dict[str, list[Visit]]:
+    """The calls of each owner, in order."""
+    calls = {id(event.owner): event.owner for event in probe.attentions}
+    visits: dict[str, list[Visit]] = {}
+    for owner in calls.values():
+        visits.setdefault(owner.path, []).append(Visit((owner.args, owner.kwargs), len(owner.attentions)))
+    return visits
+
+
+def _structure(skeleton: Skeleton, path: str, visits: list[Visit]) -> Hashable:
+    calls = []
+    for visit in visits:
+        pattern, tensors = read_call(*visit.call)
+        calls.append((repr(pattern), tuple(tensor.ndim for tensor in tensors), visit.attentions))
+    return fingerprint(skeleton.model.get_submodule(path)), tuple(calls)
+
+
+def _probe_resized(
+    skeleton: Skeleton,
+    adapter: ModelAdapter,
+    arguments: Arguments,
+    fake_call: Call,
+    until: Mapping[str, int],
+    latent: Latent,
+) -> tuple[Probe, Latent] | None:
+    """A run at another size; ``None`` if the model takes none."""
+    for call, size in resized_calls(adapter, arguments, fake_call, latent.size, skeleton.fake):
+        try:
+            probe = Probe(skeleton, *call, _followed(arguments, *call), until)
+        except SlothError:
+            continue
+        return probe, Latent(latent.axes, size)
+    return None

@@ -1,6 +1,7 @@
 """What the graph of a model cannot tell: which argument is the latent, and what inputs to try it with."""
 
-from sloth_fx.model_adapters.adapter import Arguments, Inputs, ModelAdapter, latent_size
-from sloth_fx.model_adapters.registry import adapter_for
+from sloth_fx.model_adapters.adapter import Inputs, ModelAdapter
+from sloth_fx.model_adapters.arguments import Arguments, latent_size
+from sloth_fx.model_adapters.registry import adapter_for, register_adapter
 
-__all__ = ["Arguments", "Inputs", "ModelAdapter", "adapter_for", "latent_size"]
+__all__ = ["Arguments", "Inputs", "ModelAdapter", "adapter_for", "latent_size", "register_adapter"]

@@ -3,22 +3,97 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields as fields_of
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
+from sloth_fx.checks import unknown
+from sloth_fx.errors import SlothError
+from sloth_fx.model_adapters import audio, controlnet, image, packed, unet, video
 from sloth_fx.model_adapters.adapter import ModelAdapter
-from sloth_fx.model_adapters.unet import ADAPTERS
+from sloth_fx.model_adapters.parameters import PARAMETERS
+from sloth_fx.model_adapters.trial import TrialInputs, config_of
 
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time")
+BUILT_IN: dict[str, ModelAdapter] = {
+    name: adapter
+    for module in (unet, image, packed, video, audio, controlnet)
+    for name, adapter in module.ADAPTERS.items()
+}
+_registered: dict[str, ModelAdapter] = {}
+
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma")
+_SIZE_NAMES = ("num_frames", "height", "width")
+_FIELDS = tuple(field.name for field in fields_of(ModelAdapter))
+
+
+def register_adapter(
+    cls_or_name: type[nn.Module] | str, adapter: ModelAdapter | None = None, **fields: Any
+) -> ModelAdapter:
+    """Say what the arguments of a model class mean; from now on models of it, and of its subclasses, follow this.
+
+    ``cls_or_name`` is the class or its name, ``adapter`` an adapter to begin with, and ``fields`` are fields of
+    :class:`ModelAdapter`: ``register_adapter("MyDenoiser", latent="z", ids="positions", timesteps=1)``. It replaces
+    what was registered, or built in, for a class of that name. Returns the adapter.
+
+    Raises :class:`SlothError` for an unknown field, a value that makes no sense, or nothing to register.
+    """
+    if isinstance(cls_or_name, type) and issubclass(cls_or_name, nn.Module):
+        name = cls_or_name.__name__
+    elif isinstance(cls_or_name, str) and cls_or_name.isidentifier():
+        name = cls_or_name
+    else:
+        raise SlothError(f"register_adapter({cls_or_name!r:.80}): give a class of modules, or the name of one")
+    if adapter is not None and not isinstance(adapter, ModelAdapter):
+        raise SlothError(f"register_adapter({name}, {adapter!r:.80}): give a ModelAdapter, or fields of one by name")
+    if adapter is None and not fields:
+        raise SlothError(f"register_adapter({name}): nothing to register; fields are {', '.join(_FIELDS)}")
+    for field in fields:
+        if field not in _FIELDS:
+            raise SlothError(f"register_adapter({name}): field {unknown(field, _FIELDS)}")
+    _registered[name] = replace(adapter or ModelAdapter(), **fields)
+    return _registered[name]
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:
-    """The adapter registered for the class of ``model`` or a base of it; else one read off its ``forward``."""
-    for base in type(model).__mro__:
-        if base.__name__ in ADAPTERS:
-            return ADAPTERS[base.__name__]
-    names = list(inspect.signature(model.forward).parameters)
-    return ModelAdapter(
-        latent=None,
-        timestep=next((name for name in _TIMESTEP_NAMES if name in names), None),
-    )
+    """The adapter registered for the class of ``model`` or a base of it, or the built-in one.
+
+    Where there is none, or it leaves the timestep or the trial inputs open, they are read off the signature of forward
+    and the config.
+    """
+    names = [base.__name__ for base in type(model).__mro__]
+    found = next((known[name] for name in names for known in (_registered, BUILT_IN) if name in known), None)
+    parameters = list(inspect.signature(model.forward).parameters)
+    adapter = found if found is not None else _read_off(parameters)
+    if adapter.timestep is None:
+        adapter = replace(adapter, timestep=next((name for name in _TIMESTEP_NAMES if name in parameters), None))
+    if adapter.inputs is None and config_of(model):
+        axes = adapter.axes or _axes_of(model, adapter)
+        trial = {"frames": 3} if "t" in axes or adapter.sizes == _SIZE_NAMES else {}
+        adapter = replace(adapter, inputs=TrialInputs(adapter.latent, axes, PARAMETERS, sizes=trial))
+    return adapter
+
+
+def _read_off(parameters: list[str]) -> ModelAdapter:
+    """What the names of forward's parameters say of a model that nobody has described."""
+    if "img_ids" in parameters:
+        return ModelAdapter(ids="img_ids")
+    if "img_shapes" in parameters:
+        return ModelAdapter(shapes="img_shapes")
+    if set(_SIZE_NAMES) <= set(parameters):
+        return ModelAdapter(sizes=_SIZE_NAMES)
+    return ModelAdapter()
+
+
+def _axes_of(model: nn.Module, adapter: ModelAdapter) -> str:
+    """The axes of the latent to try a model with that nobody has described."""
+    name, config = type(model).__name__, config_of(model)
+    patch = config.get("patch_size") if isinstance(config, dict) else getattr(config, "patch_size", None)
+    if (adapter.ids or adapter.shapes or adapter.sizes) is not None:
+        return "bnc"
+    if "1D" in name or "Audio" in name:
+        return "bcw"
+    if "3D" in name or "Video" in name or (isinstance(patch, (list, tuple)) and len(patch) == 3):
+        return "bcthw"
+    return "bchw"

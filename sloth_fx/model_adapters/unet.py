@@ -1,74 +1,175 @@
-"""diffusers' UNets: trial inputs from the config, and the noise schedules that they were trained with."""
+"""UNets: latents as feature maps, and the noise schedules that they were trained with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import nn
-
-from sloth_fx.model_adapters.adapter import Inputs, ModelAdapter
+from sloth_fx.model_adapters.parameters import family, video
+from sloth_fx.model_adapters.trial import Size, Trial
 from sloth_fx.schedule import NoiseSchedule
 
-_TEXT_TOKENS = 77
 
 
-def _sample(config: Any, dtype: torch.dtype) -> torch.Tensor:
-    size = config.sample_size or 64
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return torch.zeros(2, config.in_channels, rows, columns, dtype=dtype, device="meta")
+def _side(index: int) -> Size:
+    def side(trial: Trial) -> int:
+        sample = trial.field("sample_size", 64)
+        return int(sample if isinstance(sample, int) else sample[index])
+
+    return side
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+SIZES: dict[str, Size] = {"text": 77, "height": _side(0), "width": _side(1)}
 
 
-def _unconditional(model: nn.Module) -> Inputs:
-    """``UNet2DModel``: latent (or pixels), timestep, and a class label where the config asks for one."""
-    config: Any = model.config
-    dtype = _dtype(model)
-    inputs: Inputs = {"sample": _sample(config, dtype), "timestep": torch.zeros((), dtype=torch.int64, device="meta")}
-    if config.class_embed_type is not None or config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.zeros(2, dtype=torch.int64, device="meta")
-    return inputs
+def class_labels(trial: Trial) -> Any:
+    """Class numbers, or an embedding where the config wants one projected."""
+    if trial.field("class_embed_type") in ("simple_projection", "projection"):
+        return trial.tensor("batch projection_class_embeddings_input_dim")
+    return trial.tensor("long batch if class_embed_type|num_class_embeds")
 
 
-def _conditional(model: nn.Module) -> Inputs:
-    """``UNet2DConditionModel``: also text, class labels, and SDXL's pooled text and size embeddings."""
-    config: Any = model.config
-    dtype = _dtype(model)
+def added_conditions(trial: Trial) -> dict[str, Any]:
+    """SDXL's pooled text and sizes, or the image embeddings of Kandinsky and of IP-Adapter."""
+    added: dict[str, Any] = {}
+    kind, projection = trial.field("addition_embed_type"), trial.field("encoder_hid_dim_type")
+    if kind == "text_time":
+        pooled = trial.size("projection_class_embeddings_input_dim") - 6 * trial.size("addition_time_embed_dim")
+        added |= {"text_embeds": trial.zeros(trial.size("batch"), pooled), "time_ids": trial.tensor("batch 6")}
+    elif kind == "text_image":
+        added |= {"text_embeds": trial.tensor("batch cross_attention_dim")}
+        added |= {"image_embeds": trial.tensor("batch cross_attention_dim")}
+    elif kind in ("image", "image_hint"):
+        added |= {"image_embeds": trial.tensor("batch encoder_hid_dim")}
+    if kind == "image_hint":
+        added |= {"hint": trial.zeros(trial.size("batch"), 3, 8 * trial.size("height"), 8 * trial.size("width"))}
+    if projection == "text_image_proj":
+        added |= {"image_embeds": trial.tensor("batch cross_attention_dim")}
+    elif projection == "image_proj":
+        added |= {"image_embeds": trial.tensor("batch encoder_hid_dim")}
+    return added
 
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype, device="meta")
 
-    text_dim = config.encoder_hid_dim or config.cross_attention_dim
-    if not isinstance(text_dim, int):
-        text_dim = text_dim[0]
-    inputs: Inputs = {
-        "sample": _sample(config, dtype),
-        "timestep": torch.zeros((), dtype=torch.int64, device="meta"),
-        "encoder_hidden_states": zeros(2, _TEXT_TOKENS, text_dim),
-    }
-    if config.class_embed_type == "simple_projection" or config.class_embed_type == "projection":
-        inputs["class_labels"] = zeros(2, config.projection_class_embeddings_input_dim)
-    elif config.class_embed_type is not None or config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.zeros(2, dtype=torch.int64, device="meta")
-    if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = zeros(2, config.time_cond_proj_dim)
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": zeros(2, pooled), "time_ids": zeros(2, 6)}
-    return inputs
+def text_of(first: int, last: int | None) -> Callable[[Trial], Any]:
+    """The text that AudioLDM2's attentions from ``first`` to ``last`` of each layer read; they differ in channels."""
 
+    def text(trial: Trial) -> Any:
+        block = trial.field("cross_attention_dim")
+        while isinstance(block, (list, tuple)) and isinstance(block[0], (list, tuple)):
+            block = block[0]
+        layers = list(block) if isinstance(block, (list, tuple)) else [block]
+        channels = [each for each in layers[first:last] if each is not None]
+        return trial.zeros(trial.size("batch"), trial.size("text"), channels[0]) if channels else None
+
+    return text
+
+
+VALUES = {
+    "timestep": "long",
+    "encoder_hidden_states": "batch text encoder_hid_dim|cross_attention_dim",
+    "encoder_attention_mask": None,
+    "class_labels": class_labels,
+    "timestep_cond": "batch time_cond_proj_dim if time_cond_proj_dim",
+    "added_cond_kwargs": lambda trial: added_conditions(trial) or None,
+}
+STABLE_DIFFUSION = NoiseSchedule()
+DDPM = NoiseSchedule(beta_start=0.0001, beta_end=0.02, kind="linear")
 
 ADAPTERS = {
-    "UNet2DConditionModel": ModelAdapter(
-        latent="sample", timestep="timestep", noise=NoiseSchedule(), inputs=_conditional
-    ),
-    "UNet2DModel": ModelAdapter(
+    "UNet2DConditionModel": family("bchw", latent="sample", trial=SIZES, values=VALUES, noise=STABLE_DIFFUSION),
+    "UNet2DModel": family("bchw", latent="sample", trial=SIZES, values=VALUES, noise=DDPM),
+    "DreamLiteUNetModel": family("bchw", latent="sample", trial=SIZES, values=VALUES),
+    "AudioLDM2UNet2DConditionModel": family(
+        "bchw",
         latent="sample",
-        timestep="timestep",
-        noise=NoiseSchedule(beta_start=0.0001, beta_end=0.02, kind="linear"),
-        inputs=_unconditional,
+        trial=SIZES,
+        values={**VALUES, "encoder_hidden_states": text_of(0, 2), "encoder_hidden_states_1": text_of(2, None)},
+        noise=NoiseSchedule(beta_start=0.0015, beta_end=0.0195),
+    ),
+    "Kandinsky3UNet": family(
+        "bchw",
+        latent="sample",
+        trial={"height": 64, "width": 96, "text": 77},
+        values={**VALUES, "encoder_attention_mask": "bool batch text"},
+    ),
+    "StableCascadeUNet": family(
+        "bchw",
+        latent="sample",
+        timestep="timestep_ratio",
+        timesteps=1,
+        text=("clip_text", "clip_text_pooled"),
+        trial={"height": 32, "width": 48, "text": 77},
+        values={
+            "timestep_ratio": "batch",
+            "clip_text_pooled": "batch 1 clip_text_pooled_in_channels",
+            "clip_text": "batch text clip_text_in_channels if clip_text_in_channels",
+            "clip_img": "batch 1 clip_image_in_channels if clip_image_in_channels",
+            "effnet": "batch effnet_in_channels 4 6 if effnet_in_channels",
+        },
+    ),
+    "UVit2DModel": family(
+        "bhw",
+        latent="input_ids",
+        timestep=None,
+        trial={"text": 77},
+        values={
+            "input_ids": "long batch height width",
+            "encoder_hidden_states": "batch text encoder_hidden_size",
+            "pooled_text_emb": "batch cond_embed_dim",
+            "micro_conds": lambda trial: trial.zeros(
+                trial.size("batch"), trial.size("micro_cond_embed_dim") // trial.size("micro_cond_encode_dim")
+            ),
+        },
+    ),
+    "UniDiffuserModel": family(
+        "bchw",
+        latent="latent_image_embeds",
+        timestep="timestep_img",
+        text=("prompt_embeds",),
+        trial={**SIZES, "text": "num_text_tokens"},
+        values={
+            "image_embeds": "batch 1 clip_img_dim",
+            "prompt_embeds": "batch text text_dim",
+            "timestep_img": "long",
+            "timestep_text": "long",
+        },
+        noise=STABLE_DIFFUSION,
+    ),
+    "UNet1DModel": family(
+        "bcw",
+        latent="sample",
+        channels="in_channels",
+        trial={"width": "sample_size"},
+        values={"timestep": "batch"},
+    ),
+    "UNet3DConditionModel": video(latent="sample", trial=SIZES, values=VALUES, noise=STABLE_DIFFUSION),
+    "UNetMotionModel": video(
+        latent="sample",
+        trial={**SIZES, "images": lambda trial: trial.size("batch") * trial.size("time")},
+        values={**VALUES, "encoder_hidden_states": "images text cross_attention_dim"},
+        noise=NoiseSchedule(kind="linear"),
+    ),
+    "UNetSpatioTemporalConditionModel": video(
+        "btchw",
+        latent="sample",
+        trial={**SIZES, "text": 1},
+        values={
+            **VALUES,
+            "timestep": "",
+            "added_time_ids": lambda trial: trial.zeros(
+                trial.size("batch"),
+                trial.size("projection_class_embeddings_input_dim") // trial.size("addition_time_embed_dim"),
+            ),
+        },
+    ),
+    "I2VGenXLUNet": video(
+        latent="sample",
+        trial=SIZES,
+        values={
+            **VALUES,
+            "fps": "long batch",
+            "image_latents": "batch in_channels time height width",
+            "image_embeddings": "batch cross_attention_dim",
+        },
     ),
 }

@@ -25,7 +25,7 @@ class KeyLayout(NamedTuple):
     """Which keys the queries of one site see: pooled, tiled, sampled, in units of tokens, each pair (rows, columns).
 
     Attributes:
-        grid: the site's image tokens, row-major.
+        grid: the site's image tokens, row-major; of one frame, where there are several.
         window: pooling window, and stride, of the (local) keys.
         tile: size of a tile; None leaves the grid whole.
         pad: how much of the padding to whole tiles lies above and to the left of the grid; the rest lies on the other
@@ -34,6 +34,9 @@ class KeyLayout(NamedTuple):
             none.
         flat: windows and strides are (1, n) and run along the flattened tokens of the grid, or of each tile.
         sample_window: pooling window of the global samples. A tile may be too small for it.
+        frames: frames of a video, each a grid; tokens are frame-major. A tile is a column through all of them, and the
+            samples are taken from each.
+        frame_window: frames pooled together, and the stride along them, of local keys and of samples.
     """
 
     grid: tuple[int, int]
@@ -43,16 +46,23 @@ class KeyLayout(NamedTuple):
     samples: tuple[int, int] | None = None
     flat: bool = False
     sample_window: tuple[int, int] = (1, 1)
+    frames: int = 1
+    frame_window: int = 1
 
     @property
     def tokens(self) -> int:
-        """Tokens on the grid, so queries."""
-        return self.grid[0] * self.grid[1]
+        """Tokens of all frames, so queries."""
+        return self.frames * self.grid[0] * self.grid[1]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether keys are fewer than tokens even where nothing is tiled."""
+        return self.window != (1, 1) or self.frame_window > 1
 
     @property
     def neutral(self) -> bool:
         """Whether the keys are the grid's own tokens, all of them, once."""
-        return self.window == (1, 1) and self.tile is None and self.samples is None
+        return not self.pooled and self.tile is None and self.samples is None
 
     def runs(self) -> tuple[list[Run], list[Run]]:
         """The tiles along the rows and along the columns, as runs of equal tiles."""
@@ -84,13 +94,13 @@ class KeyLayout(NamedTuple):
     def pairs(self, border: str = "keep") -> int:
         """Pairs of a query and a key it sees, over the whole grid: what the attention costs. Neutral: tokens ** 2."""
         own = sum(_tiles(g) * g[0].size * g[1].size * self.local_tokens(g, border) for g in self.groups())
-        return own + self.tokens * self.sample_tokens(border)
+        return self.frames * own + self.tokens * self.sample_tokens(border)
 
     def _count(self, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], border: str) -> int:
         if self.flat:
             size = (1, size[0] * size[1])
         rows, columns = (windows(*axis, border) for axis in zip(size, window, stride, strict=True))
-        return rows * columns
+        return windows(self.frames, self.frame_window, self.frame_window, border) * rows * columns
 
 
 def windows(length: int, window: int, stride: int, border: str) -> int:
@@ -101,6 +111,12 @@ def windows(length: int, window: int, stride: int, border: str) -> int:
     if border == "crop":
         return (length - min(window, length)) // stride + 1
     return -(-length // stride)
+
+
+def described(layout: KeyLayout) -> str:
+    """The grid of a layout and its tokens, for error messages."""
+    video = f"{layout.frames} frames of " if layout.frames > 1 else ""
+    return f"{video}a grid of {layout.grid}, which has {layout.tokens}"
 
 
 def _tiles(group: tuple[Run, Run]) -> int:

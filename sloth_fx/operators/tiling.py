@@ -75,27 +75,33 @@ def runs(length: int, size: int, pad_before: int = 0) -> list[Run]:
     return found
 
 
-def cut(grid: Tensor, rows: Run, columns: Run) -> Tensor:
-    """The tiles of one group: (B, h, w, *rest) -> (B, tiles, tokens per tile, *rest), both in row-major order."""
-    region = grid[:, rows.start : rows.stop, columns.start : columns.stop]
-    bands = torch.unflatten(region, 1, (rows.tiles, rows.size))
-    tiles = torch.unflatten(bands, 3, (columns.tiles, columns.size)).transpose(2, 3)
+def cut(video: Tensor, rows: Run, columns: Run) -> Tensor:
+    """The tiles of one group: (B, F, h, w, *rest) -> (B, tiles, F * tokens per frame, *rest), all in row-major order.
+
+    A tile is a column through all F frames.
+    """
+    region = video[:, :, rows.start : rows.stop, columns.start : columns.stop]
+    bands = torch.unflatten(region, 2, (rows.tiles, rows.size))
+    tiles = torch.unflatten(bands, 4, (columns.tiles, columns.size))  # (B, F, tiles, size, tiles, size, *rest)
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5, *range(6, tiles.ndim))
     # One reshape at the very end, because this is the only step that may have to copy.
-    return tiles.reshape(grid.shape[0], rows.tiles * columns.tiles, rows.size * columns.size, *grid.shape[3:])
+    shape = rows.tiles * columns.tiles, video.shape[1] * rows.size * columns.size
+    return tiles.reshape(video.shape[0], *shape, *video.shape[4:])
 
 
-def paste(pieces: Sequence[Tensor], rows: Sequence[Run], columns: Sequence[Run]) -> Tensor:
-    """The inverse of `cut`, over all groups: the tiles of each, row runs outermost, -> (B, h, w, *rest)."""
+def paste(pieces: Sequence[Tensor], rows: Sequence[Run], columns: Sequence[Run], frames: int = 1) -> Tensor:
+    """The inverse of `cut`, over all groups: the tiles of each, row runs outermost, -> (B, F, h, w, *rest)."""
     remaining = iter(pieces)
     bands = []
     for band in rows:
         parts = []
         for run in columns:
-            piece = torch.unflatten(next(remaining), 2, (band.size, run.size))
-            tiles = torch.unflatten(piece, 1, (band.tiles, run.tiles)).transpose(2, 3)
-            parts.append(tiles.flatten(3, 4).flatten(1, 2))
-        bands.append(_join(parts, 2))
-    return _join(bands, 1)
+            piece = torch.unflatten(next(remaining), 2, (frames, band.size, run.size))
+            tiles = torch.unflatten(piece, 1, (band.tiles, run.tiles))  # (B, tiles, tiles, F, size, size, *rest)
+            tiles = tiles.permute(0, 3, 1, 4, 2, 5, *range(6, tiles.ndim))
+            parts.append(tiles.flatten(4, 5).flatten(2, 3))
+        bands.append(_join(parts, 3))
+    return _join(bands, 2)
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

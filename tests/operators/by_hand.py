@@ -1,8 +1,10 @@
 """The formulas of the operators once more: numpy, float64, one window and one query at a time, by membership."""
 
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
+
+from sloth_fx.operators import Pooling
 
 
 def windows(cells, window, stride, border):
@@ -15,19 +17,20 @@ def windows(cells, window, stride, border):
     return found
 
 
-def samples(image, rows, columns, window, stride, pooling, blend, flat):
-    """Pooled tokens (n, C) of the region rows × columns of an image (h, w, C)."""
+def samples(video, rows, columns, window, stride, pooling, blend, flat, frame_window=1):
+    """Pooled tokens (n, C) of the region rows × columns of a video (F, h, w, C)."""
     if flat:
         boxes = windows([(r, c) for r in rows for c in columns], window[1], stride[1], pooling.border)
     else:
         down = windows(rows, window[0], stride[0], pooling.border)
         across = windows(columns, window[1], stride[1], pooling.border)
         boxes = [[(r, c) for r in rs for c in cs] for rs in down for cs in across]
+    times = windows(list(range(len(video))), frame_window, frame_window, pooling.border)
     tokens = []
-    for box in boxes:
-        members = np.stack([image[cell] for cell in box])
+    for box in ([(f, r, c) for f in time for r, c in box] for time in times for box in boxes):
+        members = np.stack([video[cell] for cell in box])
         pool = members.mean(0) if pooling.kind == "avg" else members.max(0)
-        tokens.append((1 - blend) * image[box[0]] + blend * pool)
+        tokens.append((1 - blend) * video[box[0]] + blend * pool)
     return np.stack(tokens)
 
 
@@ -51,18 +54,61 @@ def everything(layout):
     return list(range(layout.grid[0])), list(range(layout.grid[1]))
 
 
+def own_tokens(video, tile, layout, pooling, blend):
+    return samples(video, *tile, layout.window, layout.window, pooling, blend, layout.flat, layout.frame_window)
+
+
+def far_tokens(video, layout, pooling, blend):
+    strides = layout.sample_window, layout.samples
+    return samples(video, *everything(layout), *strides, pooling, blend, layout.flat, layout.frame_window)
+
+
+def videos(tokens, layout):
+    return tokens.reshape(len(tokens), layout.frames, *layout.grid, -1)
+
+
 def reduce(tokens, layout, pooling, blend):
     """(B, N, C) -> (B, M, C) in the gathered order."""
     reduced = []
-    for image in tokens.reshape(len(tokens), *layout.grid, -1):
-        kept = [
-            samples(image, *tile, layout.window, layout.window, pooling, blend, layout.flat) for tile in tiles(layout)
-        ]
+    for video in videos(tokens, layout):
+        kept = [own_tokens(video, tile, layout, pooling, blend) for tile in tiles(layout)]
         if layout.samples:
-            whole = everything(layout)
-            kept.append(samples(image, *whole, layout.sample_window, layout.samples, pooling, blend, layout.flat))
+            kept.append(far_tokens(video, layout, pooling, blend))
         reduced.append(np.concatenate(kept))
     return np.stack(reduced)
+
+
+def times_seen(layout, queries, keys, gathered):
+    """(N, M): how often each query of a joint sequence sees each key. `queries` and `keys` are the numbers of other
+    tokens (before, after) the image's; `gathered` is the border that the keys were reduced with, or None."""
+    n, t = layout.tokens, tiles(layout)
+    tile_of = np.empty((layout.frames, *layout.grid), int)
+    for i, (rows, columns) in enumerate(t):
+        tile_of[:, np.array(rows)[:, None], columns] = i
+    if gathered is None:
+        whose, sampled = tile_of.flatten(), np.zeros((layout.frames, *layout.grid), int)
+        if layout.samples and layout.flat:
+            sampled.reshape(layout.frames, -1)[:, :: layout.samples[1]] = 1
+        elif layout.samples:
+            sampled[:, :: layout.samples[0], :: layout.samples[1]] = 1
+        sampled = sampled.flatten()
+    else:
+        empty, pooling = np.zeros((layout.frames, *layout.grid, 1)), Pooling(border=gathered)
+        whose = np.repeat(range(len(t)), [len(own_tokens(empty, tile, layout, pooling, 0)) for tile in t])
+        far = len(far_tokens(empty, layout, pooling, 0)) if layout.samples else 0
+        whose, sampled = np.append(whose, [-1] * far), np.repeat([0, 1], [len(whose), far])
+    seen = np.ones((sum(queries) + n, sum(keys) + len(whose)), int)
+    image = slice(keys[0], keys[0] + len(whose))
+    seen[:, image] = whose >= 0
+    seen[queries[0] : queries[0] + n, image] = (tile_of.flatten()[:, None] == whose) + sampled
+    return seen
+
+
+def dense_attention(query, key, value, seen, mask=0.0):
+    """(B, H, N, D): every key weighs as often as it is seen; `mask` is added to the scores."""
+    scores = query @ key.transpose(0, 1, 3, 2) / np.sqrt(query.shape[-1]) + mask
+    weights = seen * np.exp(scores - scores.max(-1, keepdims=True))
+    return weights @ value / weights.sum(-1, keepdims=True)
 
 
 def attention(query, key, value):
@@ -74,26 +120,18 @@ def attention(query, key, value):
 
 def near_sighted(tokens, project, layout, pooling, halves=1, concat_local=False, concat_global=False):
     """(B, N, C) -> (B, N, Cv), one head: each query against the keys of its tile and the samples, all projected."""
-    images = tokens.reshape(len(tokens), *layout.grid, -1)
+    images = videos(tokens, layout)
     per_half = len(tokens) // halves
-    out = np.full((len(tokens), *layout.grid, project["v"].shape[1]), np.nan)
+    out = np.full((*images.shape[:4], project["v"].shape[1]), np.nan)
     for b in range(len(tokens)):
         half = [i for i in range(len(tokens)) if i // per_half == b // per_half]
-        for rows, columns in tiles(layout):
+        for tile in tiles(layout):
             seen = {}
             for name, blend in (("k", pooling.k_blend), ("v", pooling.v_blend)):
-                sets = [
-                    samples(images[i], rows, columns, layout.window, layout.window, pooling, blend, layout.flat)
-                    for i in (half if concat_local else [b])
-                ]
+                sets = [own_tokens(images[i], tile, layout, pooling, blend) for i in (half if concat_local else [b])]
                 if layout.samples:
-                    whole = everything(layout)
-                    sets += [
-                        samples(images[i], *whole, layout.sample_window, layout.samples, pooling, blend, layout.flat)
-                        for i in (half if concat_global else [b])
-                    ]
+                    sets += [far_tokens(images[i], layout, pooling, blend) for i in (half if concat_global else [b])]
                 seen[name] = np.concatenate(sets) @ project[name]
-            for r in rows:
-                for c in columns:
-                    out[b, r, c] = attention(images[b, r, c][None] @ project["q"], seen["k"], seen["v"])[0]
+            for f, r, c in product(range(layout.frames), *tile):
+                out[b, f, r, c] = attention(images[b, f, r, c][None] @ project["q"], seen["k"], seen["v"])[0]
     return out.reshape(len(tokens), layout.tokens, -1)

@@ -13,6 +13,9 @@ LAYOUTS = {
     "edge-tiles": KeyLayout((13, 9), tile=(5, 5), samples=(4, 3)),
     "padded-above": KeyLayout((13, 9), tile=(5, 6), pad=(1, 2), samples=(2, 5)),
     "flat-samples": KeyLayout((7, 11), tile=(4, 6), pad=(0, 1), samples=(1, 7), flat=True),
+    "frames": KeyLayout((5, 7), tile=(3, 4), pad=(0, 1), samples=(2, 3), frames=3),
+    "frames-flat": KeyLayout((5, 7), tile=(3, 4), samples=(1, 6), frames=2, flat=True),
+    "audio": KeyLayout((1, 23), tile=(1, 8), samples=(1, 5)),
 }
 POOLED = {
     "untiled": KeyLayout((13, 9), window=(2, 3)),
@@ -21,6 +24,7 @@ POOLED = {
     "padded-around": KeyLayout((7, 11), window=(2, 1), tile=(3, 4), pad=(1, 1), samples=(3, 2), sample_window=(2, 1)),
     "flat": KeyLayout((13, 9), window=(1, 4), tile=(5, 5), pad=(2, 0), samples=(1, 9), sample_window=(1, 4), flat=True),
     "no-samples": KeyLayout((13, 9), window=(3, 2), tile=(5, 5), pad=(1, 1)),
+    "frames": KeyLayout((5, 7), (2, 1), (3, 4), (1, 0), samples=(3, 2), sample_window=(2, 1), frames=3, frame_window=2),
 }
 POOLINGS = [Pooling(), Pooling("avg", 1.0, 1.0), Pooling("max", 0.3, 0.8), Pooling("avg", 0.3, 0.8, "crop")]
 

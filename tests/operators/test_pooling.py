@@ -27,6 +27,17 @@ LAYOUTS = {
         (7, 11), window=(1, 5), tile=(4, 6), samples=(1, 3), sample_window=(1, 5), flat=True
     ),
     "samples-untiled": KeyLayout((7, 11), samples=(2, 3)),
+    "frames": KeyLayout((5, 7), window=(2, 3), frames=3),
+    "frames-pooled": KeyLayout((5, 7), window=(2, 2), frames=5, frame_window=2),
+    "frames-pooled-alone": KeyLayout((5, 7), frames=5, frame_window=3),
+    "frames-flat": KeyLayout((5, 7), window=(1, 4), frames=3, frame_window=2, flat=True),
+    "frames-tiled": KeyLayout(
+        (5, 7), window=(2, 2), tile=(3, 4), pad=(0, 1), samples=(2, 3), sample_window=(2, 2), frames=3
+    ),
+    "frames-tiled-evenly": KeyLayout(
+        (4, 6), window=(2, 3), tile=(2, 3), samples=(3, 2), frames=5, frame_window=2, sample_window=(2, 1)
+    ),
+    "audio": KeyLayout((1, 23), window=(1, 3), tile=(1, 8), pad=(0, 1), samples=(1, 5)),
 }
 BLENDS = [(0.0, 0.0), (1.0, 1.0), (0.3, 0.8), (0.0, 1.0), (0.5, 0.0)]
 
@@ -87,7 +98,7 @@ def test_nothing_but_the_result_is_written():
 
 
 @pytest.mark.parametrize("kind", ["avg", "max"])
-@pytest.mark.parametrize("name", ["plain", "tiles-padded", "tiles-flat", "samples-overlap"])
+@pytest.mark.parametrize("name", ["plain", "tiles-padded", "tiles-flat", "samples-overlap", "frames-tiled-evenly"])
 def test_gradients(kind, name):
     layout = LAYOUTS[name]
     tokens = torch.randn(1, layout.tokens, 1, dtype=torch.float64, requires_grad=True)
@@ -95,7 +106,7 @@ def test_gradients(kind, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["plain", "tiles-padded", "tiles-flat", "samples-overlap"])
+@pytest.mark.parametrize("name", ["plain", "tiles-padded", "tiles-flat", "samples-overlap", "frames-pooled"])
 @pytest.mark.parametrize("kind", ["avg", "max"])
 def test_half_precision_is_close(dtype, name, kind):
     layout, pooling = LAYOUTS[name], Pooling(kind, 0.3, 0.8)
@@ -136,6 +147,8 @@ def test_errors_name_the_numbers():
     tokens, pooling = torch.randn(1, 78, 2), Pooling()
     with pytest.raises(SlothError, match=r"78 tokens do not fit a grid of \(7, 11\), which has 77"):
         reduce_tokens(tokens, LAYOUTS["flat"], pooling)
+    with pytest.raises(SlothError, match=r"78 tokens do not fit 3 frames of a grid of \(5, 7\), which has 105"):
+        reduce_tokens(tokens, LAYOUTS["frames"], pooling)
     with pytest.raises(SlothError, match="kind='median'"):
         reduce_tokens(tokens, LAYOUTS["flat"], Pooling("median"))
     with pytest.raises(SlothError, match="border='wrap'"):

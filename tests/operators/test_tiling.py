@@ -59,7 +59,7 @@ def test_tile_size_refuses_nothing():
 
 
 def test_cut_holds_the_positions_of_each_tile():
-    grid = torch.arange(13 * 9).view(1, 13, 9, 1)
+    grid = torch.arange(13 * 9).view(1, 1, 13, 9, 1)
     tiles = cut(grid, Run(1, 4, 3), Run(2, 3, 2))
     expected = [[r * 9 + c for r in range(i, i + 4) for c in range(j, j + 3)] for i in (1, 5, 9) for j in (2, 5)]
     assert tiles[0, :, :, 0].tolist() == expected
@@ -67,14 +67,14 @@ def test_cut_holds_the_positions_of_each_tile():
 
 @pytest.mark.parametrize("pad", [(0, 0), (1, 0), (2, 3)])
 def test_paste_undoes_cut(pad):
-    grid = torch.randn(2, 13, 9, 3, 2)
+    grid = torch.randn(2, 1, 13, 9, 3, 2)
     rows, columns = runs(13, 5, pad[0]), runs(9, 6, pad[1])
     pieces = [cut(grid, band, run) for band in rows for run in columns]
     assert torch.equal(paste(pieces, rows, columns), grid)
 
 
 def test_a_single_tile_is_a_view():
-    grid = torch.randn(2, 13, 9, 4)
+    grid = torch.randn(2, 1, 13, 9, 4)
     whole = [Run(0, 13, 1)], [Run(0, 9, 1)]
     assert paste([cut(grid, whole[0][0], whole[1][0])], *whole).data_ptr() == grid.data_ptr()
 

@@ -1,0 +1,319 @@
+"""Transformers on video latents, as feature maps (B, C, T, H, W) or packed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from sloth_fx.model_adapters.parameters import family, grid_shape, per_image, rotary_pair, video
+from sloth_fx.model_adapters.trial import Size, Trial
+from sloth_fx.model_adapters.unet import DDPM
+from sloth_fx.schedule import NoiseSchedule
+
+SAMPLE: dict[str, Size] = {
+    "height": "sample_height",
+    "width": "sample_width",
+    "tokens": lambda trial: trial.size("frames") * _patches(trial, 1) * _patches(trial, 2),
+}
+"""The latent has the size that the config says."""
+
+
+def _patches(trial: Trial, axis: int) -> int:
+    return trial.size(("time", "height", "width")[axis]) // trial.patch[axis]
+
+
+COG_SIZES: dict[str, Size] = {
+    **SAMPLE,
+    "text": "max_text_seq_length",
+    "frames": lambda trial: _cog_frames(trial),
+}
+COG_VALUES = {
+    "image_rotary_emb": lambda trial: (
+        trial.value(rotary_pair("attention_head_dim")) if trial.field("use_rotary_positional_embeddings") else None
+    ),
+    "ofs": "batch if ofs_embed_dim",
+}
+SCALED_LINEAR = NoiseSchedule()
+
+
+def _cog_frames(trial: Trial) -> int:
+    latent = (trial.size("sample_frames") - 1) // trial.size("temporal_compression_ratio") + 1
+    return -(-latent // trial.patch[0])
+
+
+def allegro_rotary(trial: Trial) -> Any:
+    """Cosines and sines of frames, rows and columns, and the three coordinates of each token."""
+    channels = trial.size("attention_head_dim") // 3
+    waves = tuple((trial.zeros(size, channels), trial.zeros(size, channels)) for size in grid_shape(trial))
+    grid = trial.grid_ids().long().T
+    return waves, tuple(axis[None] for axis in grid)
+
+
+def cameras(trial: Trial) -> torch.Tensor:
+    """(B, T, 20): a 4 x 4 pose and four intrinsics for each frame."""
+    pose = torch.cat([torch.eye(4).flatten(), torch.tensor([10.0, 10.0, 6.0, 4.0])])
+    return pose.expand(trial.size("batch"), trial.size("time"), 20).to(trial.dtype)
+
+
+def cosmos_text(trial: Trial) -> Any:
+    """Text, and the context of an image where the config has one."""
+    text = trial.tensor(
+        "batch text crossattn_proj_in_channels"
+        if trial.field("use_crossattn_projection")
+        else "batch text text_embed_dim"
+    )
+    if not trial.field("img_context_dim_in"):
+        return text
+    return text, trial.tensor("batch img_context_num_tokens|256 img_context_dim_in")
+
+
+COSMOS = {
+    "encoder_hidden_states": cosmos_text,
+    "encoder_attention_mask": None,
+    "padding_mask": "1 1 height width",
+    "fps": 24,
+}
+
+
+def cosmos3_positions(trial: Trial) -> torch.Tensor:
+    """(3, text + tokens): text counts on, then come frame, row and column."""
+    text = trial.size("text")
+    return torch.cat([torch.arange(text).expand(3, -1), trial.grid_ids().long().T + text], dim=1)
+
+
+def vision(trial: Trial) -> torch.Tensor:
+    """Places of the video's tokens in the packed sequence."""
+    return torch.arange(trial.size("tokens")) + trial.size("text")
+
+
+def minimax_positions(trial: Trial) -> torch.Tensor:
+    """(text + audio + tokens, 3): text and audio count on along time, then comes the video's grid."""
+    counted = torch.arange(trial.size("text") + trial.size("audio"), dtype=torch.float32)
+    return torch.cat([nn.functional.pad(counted[:, None], (0, 2)), trial.grid_ids()])
+
+
+def minimax_tags(trial: Trial) -> torch.Tensor:
+    """Modality of each token: 1 text, 2 audio, 0 video."""
+    counts = torch.tensor([trial.size(name) for name in ("text", "audio", "tokens")])
+    return torch.tensor([1, 2, 0]).repeat_interleave(counts)
+
+
+WAN = {"encoder_hidden_states": "batch text text_dim"}
+WAN_SIZES: dict[str, Size] = {
+    # Where text and image share a sequence, Wan splits it at the length of its text encoder.
+    "text": lambda trial: 512 if trial.field("image_dim") else 13,
+}
+HUNYUAN_VIDEO = {"guidance": "batch if guidance_embeds"}
+LTX_SIZES = ("num_frames", "height", "width")
+LTX = {"height": lambda trial: trial.size("rows"), "width": lambda trial: trial.size("columns")}
+
+
+def faces(trial: Trial) -> torch.Tensor:
+    """(B, 3, T, H, W): faces at four times the latent's frame rate, but for the reference frame."""
+    side = trial.size("motion_encoder_size")
+    return trial.zeros(trial.size("batch"), 3, 4 * (trial.size("time") - 2) + 1, side, side)
+
+
+def kv_cache(trial: Trial) -> Any:
+    """An empty cache of the class that the model's own module defines."""
+    return sys.modules[type(trial.model).__module__].WanAnimate2KVCache(trial.size("num_layers"))
+
+
+def kandinsky_channels(trial: Trial) -> int:
+    """The noisy latent, and where the model is conditioned on one, another and its mask."""
+    own = trial.size("in_visual_dim")
+    return 2 * own + 1 if trial.field("visual_cond", True) else own
+
+
+ADAPTERS = {
+    "AllegroTransformer3DModel": video(
+        trial=SAMPLE,
+        values={"attention_mask": "bool batch time height width", "image_rotary_emb": allegro_rotary},
+    ),
+    "AnyFlowFARTransformer3DModel": video(
+        "btchw",
+        trial={"frames": 4},
+        values={"timestep": "batch time", "r_timestep": "batch time", "chunk_partition": lambda trial: [2, 2]},
+    ),
+    "AnyFlowTransformer3DModel": video("btchw", values={"timestep": "batch time", "r_timestep": "batch time"}),
+    "ChronoEditTransformer3DModel": video(trial={**WAN_SIZES, "frames": 2}, values=WAN),
+    "CogVideoXTransformer3DModel": video("btchw", trial=COG_SIZES, values=COG_VALUES, noise=SCALED_LINEAR),
+    "ConsisIDTransformer3DModel": video(
+        "btchw",
+        trial=COG_SIZES,
+        values={
+            **COG_VALUES,
+            "id_cond": "batch LFE_id_dim if is_train_face",
+            "id_vit_hidden": lambda trial: [trial.tensor("batch 577 LFE_vit_dim")] * trial.size("LFE_num_scale"),
+        },
+    ),
+    "Cosmos3OmniTransformer": video(
+        latent="vision_tokens",
+        timestep="vision_timesteps",
+        shapes="vision_token_shapes",
+        text=("input_ids",),
+        trial={"sequence": "text+tokens", "time": "frames", "height": "rows", "width": "columns"},
+        values={
+            "input_ids": "long text",
+            "text_indexes": lambda trial: torch.arange(trial.size("text")),
+            "position_ids": cosmos3_positions,
+            "und_len": lambda trial: trial.size("text"),
+            "sequence_length": lambda trial: trial.size("sequence"),
+            "vision_tokens": ["1 latent_channel time height width"],
+            "vision_token_shapes": lambda trial: [grid_shape(trial)],
+            "vision_sequence_indexes": vision,
+            "vision_mse_loss_indexes": vision,
+            "vision_timesteps": "tokens",
+            "vision_noisy_frame_indexes": lambda trial: [torch.arange(trial.size("frames"))],
+        },
+    ),
+    "CosmosTransformer3DModel": video(text=("encoder_hidden_states",), values=COSMOS),
+    "EasyAnimateTransformer3DModel": video(),
+    "HeliosTransformer3DModel": video(
+        trial={"frames": 2},
+        values={
+            "indices_hidden_states": "batch time",
+            **{
+                f"{kind}latents_history_{span}": f"batch {shape} if has_multi_term_memory_patch"
+                for span, time in {"short": 1, "mid": 2, "long": 4}.items()
+                for kind, shape in {"indices_": f"{time}", "": f"in_channels {time} height width"}.items()
+            },
+        },
+    ),
+    "HunyuanVideo15Transformer3DModel": video(
+        values={
+            "timestep_r": "batch if use_meanflow",
+            "encoder_hidden_states_2": "batch 7 text_embed_2_dim",
+            "encoder_attention_mask_2": "bool batch 7",
+            "image_embeds": "batch 5 image_embed_dim",
+        }
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": video(
+        trial={"frames": 2},
+        values={
+            "image_embeds": "batch 5 image_proj_dim if has_image_proj",
+            "indices_latents": "long time",
+            **{
+                f"{kind}latents_{name}": f"{shape} if has_clean_x_embedder"
+                for name, time in {"clean": 2, "history_2x": 2, "history_4x": 4}.items()
+                for kind, shape in {"indices_": f"long {time}", "": f"batch in_channels {time} height width"}.items()
+            },
+        },
+    ),
+    "HunyuanVideoTransformer3DModel": video(),
+    "Kandinsky5Transformer3DModel": video(
+        "bthwc",
+        trial={"channels": kandinsky_channels},
+        channels="channels",
+        values={
+            "visual_rope_pos": lambda trial: tuple(map(torch.arange, grid_shape(trial))),
+            "text_rope_pos": lambda trial: torch.arange(trial.size("text")),
+        },
+    ),
+    "Kandinsky6SRTransformer3DModel": video(
+        "bthwc", trial={"channels": kandinsky_channels, "rows": 16, "columns": 24}, channels="channels"
+    ),
+    "Kandinsky6Transformer3DModel": video(
+        "bthwc",
+        trial={"channels": kandinsky_channels},
+        channels="channels",
+        values={"audio_hidden_states": "batch 9 in_audio_dim"},
+    ),
+    "LTX2VideoTransformer3DModel": video(
+        "bnc",
+        sizes=LTX_SIZES,
+        text=("encoder_hidden_states", "audio_encoder_hidden_states"),
+        values={
+            **LTX,
+            "audio_hidden_states": "batch 9 audio_in_channels",
+            "audio_encoder_hidden_states": "batch text caption_channels",
+            "audio_num_frames": 9,
+        },
+    ),
+    "LTXVideoTransformer3DModel": video("bnc", sizes=LTX_SIZES, values=LTX),
+    "LatteTransformer3DModel": video(
+        trial={"height": "sample_size", "width": "sample_size", "frames": "video_length"},
+        values={"encoder_attention_mask": None},
+        noise=DDPM,
+    ),
+    "MiniMaxH3Transformer3DModel": video(
+        "bnc",
+        ids="position_ids",
+        id_axes="fhw",
+        id_rows="video_indices",
+        timesteps=0,
+        final_timestep=1,
+        trial={"audio": 6, "sequence": "text+audio+tokens"},
+        values={
+            "hidden_states": lambda trial: trial.zeros(
+                trial.size("batch"), trial.size("tokens"), trial.size("in_channels") * torch.Size(trial.patch).numel()
+            ),
+            "audio_hidden_states": "batch audio audio_in_channels",
+            "timestep": "2",
+            "timestep_indices": "long sequence",
+            "token_tags": minimax_tags,
+            "position_ids": minimax_positions,
+            "text_indices": lambda trial: torch.arange(trial.size("text")),
+            "audio_indices": lambda trial: torch.arange(trial.size("audio")) + trial.size("text"),
+            "video_indices": lambda trial: torch.arange(trial.size("tokens")) + trial.size("text+audio"),
+        },
+    ),
+    "MochiTransformer3DModel": video(timesteps=0, final_timestep=1000),
+    "MotifVideoTransformer3DModel": video(),
+    "SanaVideoTransformer3DModel": video(),
+    "SanaWMLTX2RefinerTransformer3DModel": video(
+        "bnc",
+        values={
+            "timestep": "batch tokens",
+            "video_rotary_emb": lambda trial: trial.value(("batch tokens rotated", "batch tokens rotated")),
+        },
+        trial={"rotated": lambda trial: trial.size("num_attention_heads") * trial.size("attention_head_dim")},
+    ),
+    "SanaWMTransformer3DModel": video(
+        values={
+            "timestep": "batch 1 time",
+            "encoder_hidden_states": "batch 1 text caption_channels",
+            "camera_conditions": cameras,
+            "chunk_plucker": "batch chunk_plucker_channels time height width if use_chunk_plucker_post_attn",
+        }
+    ),
+    "SkyReelsV2Transformer3DModel": video(trial=WAN_SIZES, values={**WAN, "fps": "long batch if inject_sample_info"}),
+    "TransformerTemporalModel": family(
+        "bchw",
+        timestep=None,
+        trial={"images": lambda trial: 3 * trial.size("batch")},
+        values={"hidden_states": "images in_channels height width", "encoder_hidden_states": None, "num_frames": 3},
+    ),
+    "WanAnimate2Transformer3DModel": family(
+        "cthw",
+        text=("encoder_hidden_states",),
+        trial={"frames": 2},
+        values={
+            "hidden_states": per_image("out_dim time height width"),
+            "condition_latents": per_image("in_dim-out_dim time height width"),
+            "timestep": "batch",
+            "encoder_hidden_states": per_image("text text_dim"),
+            "encoder_hidden_states_image": "batch 257 1280 if use_img_emb",
+            "kv_cache": kv_cache,
+            "kv_cache_mode": lambda trial: "extract",
+            "seq_len": lambda trial: trial.size("tokens"),
+            "offset_grid_sizes": lambda trial: torch.tensor([grid_shape(trial)]),
+        },
+    ),
+    "WanAnimateTransformer3DModel": video(
+        trial={**WAN_SIZES, "channels": lambda trial: 2 * trial.size("latent_channels") + 4},
+        channels="in_channels|channels",
+        values={
+            **WAN,
+            "pose_hidden_states": "batch latent_channels time-1 height width",
+            "face_pixel_values": lambda trial: faces(trial),
+        },
+    ),
+    "WanTransformer3DModel": video(trial=WAN_SIZES, values=WAN),
+    "WanVACETransformer3DModel": video(
+        trial=WAN_SIZES, values={**WAN, "control_hidden_states": "batch vace_in_channels time height width"}
+    ),
+}

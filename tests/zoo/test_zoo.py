@@ -1,0 +1,184 @@
+"""The library against every denoiser of diffusers: what it finds, and what its operators come to.
+
+Measured against data (:mod:`tests.zoo.expected`), a count that shares nothing with the library
+(:mod:`tests.zoo.count`), and sets of tokens written out (:mod:`tests.zoo.reference`).
+"""
+
+import functools
+
+import pytest
+import torch
+
+import sloth_fx
+from sloth_fx.spec import Spec
+from tests.zoo.count import Attention, Bias, watch
+from tests.zoo.recipe import Inputs
+from tests.zoo.reference import REDUCE, TILE, Reduced, Tiled, resized
+from tests.zoo.registry import MODELS, run, shared
+
+every_model = pytest.mark.parametrize("name", MODELS)
+REDUCIBLE = [
+    name
+    for name, entry in MODELS.items()
+    if any(site.grid is not None for site in entry.expected if site.image is not None)
+]
+every_reducible = pytest.mark.parametrize("name", REDUCIBLE)
+
+# Earlier frames stand in front of the video: they grow with it, and the data says where the video starts at one size.
+HISTORY = ("HeliosTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel")
+# These compute in bfloat16 between attentions, where a difference in the last bit becomes one of 1/256.
+COARSE = ("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel", "SanaWMTransformer3DModel")
+
+
+@functools.cache
+def attentions(name: str) -> list[Attention]:
+    with watch(shared(name)) as found:
+        run(shared(name), MODELS[name].inputs())
+    return found
+
+
+@functools.cache
+def sites(name: str) -> list[sloth_fx.AttentionSite]:
+    """Those with a softmax."""
+    report = sloth_fx.inspect(shared(name), example_inputs=MODELS[name].inputs())
+    return [site for site in report if site.kind != "linear"]
+
+
+@functools.cache
+def patched(name: str, spec: Spec) -> torch.nn.Module:
+    return sloth_fx.transform(shared(name), spec, example_inputs=MODELS[name].inputs())
+
+
+def at(model: torch.nn.Module, progress: float, inputs: Inputs) -> list[torch.Tensor]:
+    """What a patched model gives when the run is at ``progress``."""
+    sloth_fx.context(model).at(progress)
+    return run(model, inputs)
+
+
+def biased(name: str, inputs: Inputs, bias: Bias) -> list[torch.Tensor]:
+    """What the model gives with attention in float64, whose scores are changed."""
+    with watch(shared(name), bias):
+        return run(shared(name), inputs)
+
+
+def tolerance(name: str) -> float:
+    return 0.1 if name.partition("/")[0] in COARSE else 1e-3
+
+
+def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other) > 0
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest, in units of the other's standard deviation."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a.is_floating_point()]
+    assert all(a.isfinite().all() for a, _ in pairs)
+    return max(float((a - b).abs().max() / b.std()) for a, b in pairs)
+
+
+@every_model
+def test_the_count_computes_what_the_model_computes(name):
+    """Attention in float64 with nothing changed, in the place of each one that was counted."""
+    inputs = MODELS[name].inputs
+    again = biased(name, inputs(), lambda attention: None if attention.spelling == "flex" else torch.zeros(1))
+    assert difference(again, run(shared(name), inputs())) < tolerance(name)
+
+
+@every_model
+def test_every_attention_is_found(name):
+    found = [(site.path, site.q_tokens, site.kv_tokens) for site in sites(name)]
+    assert found == [(each.path, each.query.shape[-2], each.key.shape[-2]) for each in attentions(name)]
+
+
+@every_model
+def test_the_data_fits_the_count(name):
+    assert [each.key.shape[-2] for each in attentions(name)] == [site.keys for site in MODELS[name].expected]
+
+
+@every_model
+def test_kinds_and_text(name):
+    pairs = list(zip(sites(name), MODELS[name].expected, strict=True))
+    assert [(site.kind, site.text) for site, known in pairs if known.certain] == [
+        (known.kind, known.text) for _, known in pairs if known.certain
+    ]
+
+
+@every_model
+def test_grids_of_image_tokens(name):
+    pairs = [(site, known) for site, known in zip(sites(name), MODELS[name].expected, strict=True) if known.grid]
+    for site, known in pairs:
+        assert site.grid == (known.grid if known.grid[0] > 1 else known.grid[1:]), site.name
+        start = site.key_place.start(known.keys, known.grid[0] * known.grid[1] * known.grid[2])
+        assert start == known.image, site.name
+
+
+@every_model
+def test_inputs_are_made_from_the_config(name):
+    found = [site.kind for site in sloth_fx.inspect(shared(name)) if site.kind != "linear"]
+    known = MODELS[name].expected
+    assert len(found) == len(known)
+    assert [kind for kind, site in zip(found, known, strict=True) if site.certain] == [
+        site.kind for site in known if site.certain
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in REDUCIBLE])
+def test_a_model_without_attention_among_image_tokens_is_refused(name):
+    with pytest.raises(sloth_fx.SlothError):
+        sloth_fx.transform(shared(name), REDUCE, example_inputs=MODELS[name].inputs())
+
+
+@every_reducible
+@pytest.mark.parametrize("spec", [REDUCE, TILE], ids=["reduce", "tile"])
+def test_neutral_is_the_same_to_the_bit(name, spec):
+    inputs = MODELS[name].inputs
+    before = run(shared(name), inputs())
+    assert_same(at(patched(name, spec), 0.6, inputs()), before)
+    assert_same(run(shared(name), inputs()), before)
+
+
+@every_reducible
+@pytest.mark.parametrize(("spec", "operator"), [(REDUCE, Reduced), (TILE, Tiled)], ids=["reduce", "tile"])
+def test_an_operator_equals_attention_over_a_set_of_tokens(name, spec, operator):
+    inputs, expected = MODELS[name].inputs, MODELS[name].expected
+    found = at(patched(name, spec), 0.4, inputs())
+    assert difference(found, biased(name, inputs(), operator(expected))) < tolerance(name)
+    assert difference(found, run(shared(name), inputs())) > 2 * tolerance(name)
+
+
+@pytest.mark.parametrize("name", [name for name in REDUCIBLE if name not in HISTORY])
+@pytest.mark.parametrize("size", [(3, 6, 14), (1, 8, 8)], ids=str)
+def test_other_sizes_after_the_transform(name, size):
+    entry = MODELS[name]
+    expected = resized(entry.expected, (10, 12) if entry.recipe.even else (9, 11), size[1:])
+    found = at(patched(name, REDUCE), 0.4, entry.inputs(*size))
+    assert difference(found, biased(name, entry.inputs(*size), Reduced(expected))) < tolerance(name)
+
+
+COMPILED = [
+    *("UNet2DModel", "UNet2DConditionModel/sd15", "UNetMotionModel", "PixArtTransformer2DModel"),
+    *(
+        "SD3Transformer2DModel/sd35",
+        "FluxTransformer2DModel/kontext",
+        "Flux2Transformer2DModel",
+        "AuraFlowTransformer2DModel",
+    ),
+    *(
+        "QwenImageTransformer2DModel",
+        "WanTransformer3DModel",
+        "CogVideoXTransformer3DModel",
+        "LTXVideoTransformer3DModel",
+    ),
+    "StableAudio3DiTModel",
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_without_a_graph_break(name):
+    torch.compiler.reset()
+    inputs = MODELS[name].inputs()
+    model = patched(name, REDUCE)
+    eager = at(model, 0.4, inputs)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(run(compiled, inputs), eager)
