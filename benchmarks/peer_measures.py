@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import math
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sloth_fx.report import SiteReport
@@ -66,40 +67,22 @@ def count_keys(model: nn.Module, run: Callable[[], Any], sites: Sequence[SiteRep
     return Keys(counter.pairs[shallowest.path] / max(queries, 1), sum(counter.pairs.values()))
 
 
-def peak_on_gpu(run: Callable[[], Any], device: torch.device) -> float:
-    """How many bytes one call needs at its peak, besides what was there before."""
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """How many bytes of torch's allocator one call needs at its peak, besides what was there before."""
     gc.collect()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def peak_of_process(run: Callable[[], Any]) -> float | None:
-    """Likewise, of resident memory; None where the system does not tell. Only good in a process that did little before:
-    memory that was freed may not have gone back to the system."""
-    reset = Path("/proc/self/clear_refs")
-    gc.collect()
-    try:
-        reset.write_text("5")  # the peak is now what is there
-    except OSError:
-        return None
-    before = _resident("VmRSS")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _resident(what: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
-
-
-def peak_in_child(*arguments: str) -> float | None:
-    """What a process of its own, this script called with ``arguments``, prints as its last line."""
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{result.stderr}")
-    found: float | None = json.loads(result.stdout.splitlines()[-1])
-    return found
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return max(accumulate((event["args"]["Bytes"] for event in changes), initial=0))

@@ -33,17 +33,21 @@ class RewrittenOwner:
         """The operator modules of one site, by the names under which the rewritten graph calls them."""
         call, grid = plan.site.call, plan.site.grid
         assert grid is not None
+        neutral = KeyLayout((grid[-2], grid[-1]), frames=grid[0] if len(grid) > 2 else 1)
         operators: dict[str, KeyValueReduction | TiledAttention] = {}
         if plan.reducing is not None:
-            operators[reduce_name(call)] = KeyValueReduction(plan.site.name, plan.pooling, KeyLayout(grid))
+            operators[reduce_name(call)] = KeyValueReduction(plan.site.name, plan.pooling, neutral, plan.site.key_place)
         if plan.tiling is not None:
             operators[tile_name(call)] = TiledAttention(
                 plan.site.name,
                 self.rewritten.attend[call],
-                KeyLayout(grid),
+                neutral,
                 folded_heads=self.rewritten.folded_heads[call],
                 concat_local=plan.tiling.concat_local,
                 concat_global=plan.tiling.concat_global,
+                query_place=plan.site.query_place,
+                key_place=plan.site.key_place,
+                border=plan.pooling.border,
             )
         return operators
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import Attend, AttentionCore, attention_cores
-from sloth_fx.passes.reduce_kv import KeyValueReduction, reduce_kv
+from sloth_fx.passes.reduce_kv import LEVELS, KeyValueReduction, reduce_kv
 from sloth_fx.passes.simplify import simplify
 from sloth_fx.passes.tile_queries import tile_queries
 from sloth_fx.plan import SitePlan
@@ -56,7 +57,7 @@ def rewrite(capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan],
     """
     canonicalise(capture.graph)
     simplify(capture.graph)
-    for hoist in (True, False):
+    for level in range(LEVELS):
         graph = copy.deepcopy(capture.graph)
         cores = attention_cores(graph)
         if len(cores) != calls:
@@ -64,8 +65,8 @@ def rewrite(capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan],
                 f"{type(capture.owner).__name__} computes attention {calls} times, and in its graph {len(cores)} are "
                 "recognised"
             )
-        done = {call: _apply(plan, cores[call], graph, capture.owner, hoist) for call, plan in plans.items()}
-        if not hoist or _shapes_fit(graph, capture.owner, skeleton):
+        done = {call: _apply(plan, cores[call], graph, capture.owner, level) for call, plan in plans.items()}
+        if level == LEVELS - 1 or _shapes_fit(graph, capture.owner, skeleton):
             break
     return Rewritten(
         graph=graph,
@@ -78,16 +79,19 @@ def rewrite(capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan],
     )
 
 
-def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Module, hoist: bool) -> str:
+def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Module, level: int) -> str:
     """Run the passes that one plan asks for on one core."""
     site = plan.site
     if core.masked:
         raise SlothError(f"{site.name}: its attention is masked or causal, which reducing and tiling do not support")
     done = []
     if plan.reducing is not None:
-        trial = KeyLayout((1, core.key.meta["hint"].shape[-2]), window=(1, 2))  # does the owner follow fewer keys?
-        owner.add_module(reduce_name(site.call), KeyValueReduction(site.name, plan.pooling, trial))
-        done.append(f"keys and values reduced {reduce_kv(graph, core, reduce_name(site.call), owner, hoist=hoist)}")
+        name, keys = reduce_name(site.call), core.key.meta["hint"].shape[-2]
+        tokens = keys if site.key_place.alone or site.grid is None else math.prod(site.grid)
+        trial = KeyLayout((1, tokens), window=(1, 2))  # does the owner follow fewer keys?
+        owner.add_module(name, KeyValueReduction(site.name, plan.pooling, trial, site.key_place))
+        core, place = reduce_kv(graph, core, name, owner, image_tokens=tokens, level=level)
+        done.append(f"keys and values reduced {place}")
     if plan.tiling is not None:
         done.append(f"queries tiled {tile_queries(graph, core, tile_name(site.call))}")
     return ", ".join(done)

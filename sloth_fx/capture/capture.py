@@ -24,6 +24,9 @@ class Capture:
     ``any_size``: captured at two sizes it came out the same, and no size decided a branch, so none is baked in.
     ``any_type``: neither dtype nor device is. ``any_mode``: training or not is the same. Where one of these does not
     hold, the graph serves only calls like the one it was captured from.
+
+    ``inexact``: the forward itself takes a native path, or one that depends on which arguments are the same tensor, so
+    that the graph is the same mathematics and not the same bits.
     """
 
     owner: nn.Module
@@ -32,6 +35,7 @@ class Capture:
     any_size: bool
     any_type: bool
     any_mode: bool
+    inexact: bool = False
 
 
 def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None) -> Capture:
@@ -58,11 +62,17 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
         any_size=again is not None and _same(recorder, again),
         any_type=not recorder.type_steered,
         any_mode=any_mode,
+        inexact=isinstance(owner, nn.MultiheadAttention) and (owner.batch_first or _has_aliases(call)),
     )
 
 
 def _same(recorder: Recorder, again: Recorder) -> bool:
     return _code(recorder.graph) == _code(again.graph) and recorder.steered_by == again.steered_by
+
+
+def _has_aliases(call: Call) -> bool:
+    _, tensors = read_call(*call)
+    return len({id(tensor) for tensor in tensors}) < len(tensors)
 
 
 def _in_other_mode(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder:

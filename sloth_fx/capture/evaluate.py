@@ -33,7 +33,8 @@ def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
-    return node.target(*args, **kwargs)
+    function = getattr(node.target, "sloth_fx_evaluate", node.target)  # for functions that need data
+    return function(*args, **kwargs)
 
 
 def _as_if_all(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sloth_fx.capture.torch_private import in_vmap
+
 # What a tensor is rather than what it holds: the same for every call that follows the same path through the code.
 _CONCRETE = frozenset(
     {"ndim", "layout", "is_cuda", "is_meta", "is_nested", "is_quantized", "is_sparse", "requires_grad"}
@@ -77,6 +79,8 @@ class HintProxy(fx.Proxy):
             raise AttributeError(name)
         if isinstance(hint, torch.Tensor):
             if name in _CONCRETE:
+                if name == "dim" and in_vmap():
+                    raise NotImplementedError("it uses torch.vmap, which takes real tensors")
                 return getattr(hint, name)
             if name in ("dtype", "device") and not self.tracer.follow_types:
                 return getattr(hint, name)

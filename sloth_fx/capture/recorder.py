@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,7 +22,10 @@ from sloth_fx.capture.evaluate import evaluate
 from sloth_fx.capture.host_functions import HostFunction, intercept
 from sloth_fx.capture.proxy import HintProxy, HintTracer, is_proxy
 from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.capture.torch_private import undispatched
 from sloth_fx.copying import copy_module
+
+_multi_head_attention = undispatched(F.multi_head_attention_forward)
 
 __all__ = ["Recorder", "evaluate", "has_effect"]
 
@@ -109,6 +113,10 @@ class Recorder(HintTracer):
         type_expr: Any | None = None,
     ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "call_module":
+            node.meta["module"] = self.owner.get_submodule(target)
+        if not self.follow_types:
+            node.meta["baked_types"] = True
         node.meta["hint"] = evaluate(node, self.owner, self.mode)
         return node
 
@@ -126,6 +134,9 @@ class _Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FACTORIES:
             return self.recorder.create_proxy("call_function", func, args, kwargs)
+        if func is F.multi_head_attention_forward:  # its projections and its attention are what matters
+            with _Recording(self.recorder):
+                return _multi_head_attention(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         attributes = self.recorder.attributes
         if any(map(is_proxy, leaves)) or not any(id(leaf) in attributes for leaf in leaves):

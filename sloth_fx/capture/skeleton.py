@@ -57,6 +57,20 @@ class Skeleton:
             yield
 
 
+class Rehearsal:
+    """A copy of ``model`` over the same weights, free of hooks, to be run on real data."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module = copy_module(model, torch.Tensor.detach)
+        for module in self.model.modules():
+            _without_hooks(module)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with quiet(), torch.no_grad():
+            yield
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's log of what failed on fake tensors: whoever tries says so better, or tries something else."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sloth_fx.capture.host_functions import HostCall, HostFunction, intercept
-from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.locate.places import Places, spread, varies
 from sloth_fx.locate.provenance import Provenance, Scores, Source, places_of, set_places
@@ -40,7 +39,8 @@ class AttentionEvent:
     """One attention: when it happened, in which owner call, and the tokens it compares.
 
     ``query`` and ``key`` are the places of the tokens, (rows of the batch, tokens), ``None`` where nobody knows.
-    ``linear`` tells that there is no softmax: keys and values were multiplied first.
+    ``linear`` tells that there is no softmax: keys and values were multiplied first. ``rows`` counts the batch, heads
+    folded in, of one that is spelled out, and may come in parts.
     """
 
     time: int
@@ -52,14 +52,23 @@ class AttentionEvent:
     query: Places | None
     key: Places | None
     linear: bool = False
+    rows: int = 0
 
 
 class _SeenEnough(BaseException):
     """Ends a run; no host code catches it."""
 
 
+class Stage(Protocol):
+    """What can be run to be watched: a skeleton, or the model itself on real data."""
+
+    model: nn.Module
+
+    def running(self) -> AbstractContextManager[None]: ...
+
+
 class Probe(TorchFunctionMode):
-    """Everything one shape-only run of ``skeleton`` on ``(args, kwargs)`` tells.
+    """Everything one run of ``stage`` on ``(args, kwargs)`` tells.
 
     ``inputs`` are the tensors among the arguments whose elements are followed, by name, the latent first.
     ``attentions`` are in order of execution; ``skips`` are the channel concatenations that join an older feature map
@@ -69,7 +78,7 @@ class Probe(TorchFunctionMode):
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        stage: Stage,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         inputs: Mapping[str, torch.Tensor],
@@ -87,19 +96,19 @@ class Probe(TorchFunctionMode):
         self._inside = False  # a function that computes attention, whose own operations tell nothing
         try:
             with ExitStack() as stack:
-                for hook in self._follow(skeleton.model):
+                for hook in self._follow(stage.model):
                     stack.callback(hook.remove)
-                stack.enter_context(skeleton.running())
+                stack.enter_context(stage.running())
                 stack.enter_context(intercept(self._host_function))
                 stack.enter_context(self._provenance)
                 stack.enter_context(self)
-                skeleton.model(*args, **kwargs)
+                stage.model(*args, **kwargs)
         except _SeenEnough:
             pass
         except Exception as error:
             raise SlothError(
-                f"{type(skeleton.model).__name__} does not run on these inputs ({_shapes(args, kwargs)}): "
-                f"{type(error).__name__}: {error}; example_inputs= takes others"
+                f"{type(stage.model).__name__} does not run on these inputs ({_shapes(args, kwargs)}): "
+                f"{type(error).__name__}: {_first_line(error)}; example_inputs= takes others"
             ) from error
 
     @property
@@ -131,7 +140,7 @@ class Probe(TorchFunctionMode):
             _keep_queries(query, result)
         elif func is _MULTIHEAD:
             result = self._outright(func, args, kwargs)
-            self._multihead(*args, result=result[0], **kwargs)
+            self._multihead(*args[:5], result=result[0])
         else:
             result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -188,10 +197,19 @@ class Probe(TorchFunctionMode):
     def _spelled_out(self, scores: Scores) -> None:
         if self._inside:
             return
-        query, key = scores.query, scores.key_transposed.mT
-        chunk = self._stack[-1], _storage(query), _storage(key)
-        if chunk != self._last_chunk:  # a loop over parts of one query and key is one attention
-            self._attention(query, key)
+        query, key = scores.query, scores.key_transposed
+        owner = self._stack[-1]
+        chunk = owner, _storage(query), _storage(key)
+        if chunk == self._last_chunk:  # a loop over parts of one query and key is one attention
+            event = self.attentions[-1]
+            event.rows += len(query)
+            event.heads = max(event.heads, _heads_of(event.rows, query, owner))
+        else:
+            places = places_of(key)
+            rows = _rows(query), _rows_of(places.swapaxes(-1, -2)) if places is not None else None
+            heads = query.shape[-3] if query.ndim >= 4 else _folded_heads(query, rows[0], self._stack[-1])
+            self._add(heads, query.shape[-1], query.shape[-2], key.shape[-1], *rows)
+            self.attentions[-1].rows = len(query)
         self._last_chunk = chunk
 
     def _without_softmax(self) -> None:
@@ -228,8 +246,10 @@ class Probe(TorchFunctionMode):
 def _rows(tensor: torch.Tensor) -> Places | None:
     """The places of tokens (B, H, N, D), (B * H, N, D) or (B, N, D), by row of the batch."""
     places = places_of(tensor)
-    if places is None:
-        return None
+    return _rows_of(places) if places is not None else None
+
+
+def _rows_of(places: Places) -> Places:
     places = places[..., 0]
     while places.ndim > 2:  # heads, and whatever else there is
         places = places[:, 0]
@@ -242,8 +262,12 @@ def _folded_heads(query: torch.Tensor, rows: Places | None, owner: OwnerCall) ->
         different = (rows[1:] != rows[:-1]).any(1).nonzero()[0]
         if len(different):
             return int(different[0]) + 1
+    return _heads_of(len(query), query, owner)
+
+
+def _heads_of(rows: int, query: torch.Tensor, owner: OwnerCall) -> int:
     tokens = next((tensor for tensor in tree_leaves((owner.args, owner.kwargs)) if hasattr(tensor, "shape")), query)
-    return max(1, query.shape[0] // tokens.shape[0]) if tokens.ndim else 1
+    return max(1, rows // tokens.shape[0]) if tokens.ndim else 1
 
 
 def _keep_queries(query: torch.Tensor, result: torch.Tensor) -> None:
@@ -254,6 +278,10 @@ def _keep_queries(query: torch.Tensor, result: torch.Tensor) -> None:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ class Provenance(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = _computed(func, args, kwargs, inputs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if not outputs or any(tensor.numel() == 0 for tensor in (*outputs, *inputs)):
+        if not outputs or outputs[0].numel() == 0:
             return result
         if any(hasattr(tensor, "_sloth_fx_places") for tensor in inputs):
             self._follow(name, func, args, kwargs, inputs, outputs)
@@ -148,7 +148,8 @@ class Provenance(TorchDispatchMode):
         shape = output.shape
         if left is not None and right is not None and varies(left, -1) and varies(right, -2):
             if not varies(left, -2) and not varies(right, -1):
-                self.on_linear()
+                if not any(hasattr(tensor, "_sloth_fx_probabilities") for tensor in inputs[-2:]):
+                    self.on_linear()
                 return None
             left = right if varies(right, -1) and not varies(left, -2) else left
             return spread(collapse(left, -1 if left is not right else -2), shape)
@@ -358,7 +359,7 @@ def _unbound(tensor: torch.Tensor, outputs: list[torch.Tensor], dim: int = 0) ->
 def _concatenated(tensors: list[torch.Tensor], outputs: list[torch.Tensor], dim: int = 0) -> list[Places]:
     shape = outputs[0].shape
     dim %= len(shape)
-    parts = [_places(tensor) for tensor in tensors if tensor.ndim == len(shape)]
+    parts = [_places(tensor) for tensor in tensors if tensor.numel() > 0]
     channels = dim == len(shape) - 1 or (dim == 1 and len(shape) >= 4)
     if channels and not any(varies(part, dim) for part in parts):
         return [spread(smallest([collapse(part, dim) for part in parts], (*shape[:dim], 1, *shape[dim + 1 :])), shape)]

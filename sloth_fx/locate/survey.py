@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, is_fake
 
 from sloth_fx.capture.call import read_call
 from sloth_fx.capture.capture import Call, fingerprint
-from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.capture.skeleton import Rehearsal, Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.locate.probe import Probe
 from sloth_fx.locate.resize import resized_calls
@@ -58,19 +58,23 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     skeleton = Skeleton(model)
     arguments = Arguments(model, adapter)
     size = arguments.size(*call)  # before the values of the arguments are gone
-    args, kwargs = _small_ones_real(skeleton, call)
-    inputs = _followed(arguments, args, kwargs)
-    probe = Probe(skeleton, args, kwargs, inputs)
+    try:
+        args, kwargs = _small_ones_real(skeleton, call)
+        probe = Probe(skeleton, args, kwargs, _followed(arguments, args, kwargs))
+    except SlothError as refusal:
+        if not _steered_by_values(refusal):
+            raise
+        probe = _rehearsed(model, arguments, call, refusal)
     if not probe.attentions:
         raise SlothError(f"{type(model).__name__} computes no attention: there is nothing to transform")
     latent = Latent(adapter.axes or _axes(probe), size)
-    visits = _visits(probe)
+    visits = _visits(skeleton, probe)
     structure = {path: _structure(skeleton, path, each) for path, each in visits.items()}
     examples = {each: path for path, each in reversed(structure.items())}  # the first owner of each structure
     until = {path: sum(visit.attentions for visit in visits[path]) for path in examples.values()}
-    resized = _probe_resized(skeleton, adapter, arguments, (args, kwargs), until, latent)
-    text = frozenset(arguments.text(args, kwargs))
-    again = _visits(resized[0]) if resized is not None else {}
+    resized = _probe_resized(skeleton, adapter, arguments, _small_ones_real(skeleton, call), until, latent)
+    text = frozenset(arguments.text(*call))
+    again = _visits(skeleton, resized[0]) if resized is not None else {}
     return Survey(
         skeleton,
         locate(probe, latent, text, resized),
@@ -93,6 +97,28 @@ def as_call(example_inputs: Any) -> Call:
         f"example_inputs is a {type(example_inputs).__name__}: give a dict of keyword arguments or a tuple of "
         "positional ones, as for a call of the model"
     )
+
+
+def _steered_by_values(refusal: SlothError) -> bool:
+    return isinstance(refusal.__cause__, (DataDependentOutputException, DynamicOutputShapeException))
+
+
+def _rehearsed(model: nn.Module, arguments: Arguments, call: Call, refusal: SlothError) -> Probe:
+    """A run of a copy of the model on real data, for hosts that steer by what they compute (a mixture of experts)."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise refusal
+    device = tensors[0].device if tensors else torch.device("cpu")
+
+    def real(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.zeros_like(value, device=device) if value.is_meta else value.detach().to(device)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(real, value))
+        return {name: real(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    args, kwargs = real(call)
+    return Probe(Rehearsal(model), args, kwargs, _followed(arguments, args, kwargs))
 
 
 def _small_ones_real(skeleton: Skeleton, value: Any) -> Any:
@@ -143,21 +169,39 @@ def _axes(probe: Probe) -> str:
     return "b" + "_" * (len(latent.shape) - 1)
 
 
-def _visits(probe: Probe) -> dict[str, list[Visit]]:
+def _visits(skeleton: Skeleton, probe: Probe) -> dict[str, list[Visit]]:
     """The calls of each owner, in order."""
     calls = {id(event.owner): event.owner for event in probe.attentions}
     visits: dict[str, list[Visit]] = {}
     for owner in calls.values():
-        visits.setdefault(owner.path, []).append(Visit((owner.args, owner.kwargs), len(owner.attentions)))
+        visits.setdefault(owner.path, []).append(
+            Visit(_without_data(skeleton, (owner.args, owner.kwargs)), len(owner.attentions))
+        )
     return visits
+
+
+def _without_data(skeleton: Skeleton, value: Any) -> Any:
+    """Arguments of an owner, of which whole numbers and masks keep their values."""
+    if isinstance(value, torch.Tensor):
+        return skeleton.fake_inputs(value) if value.is_floating_point() or value.is_complex() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_data(skeleton, item) for item in value)
+    return {name: _without_data(skeleton, item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _structure(skeleton: Skeleton, path: str, visits: list[Visit]) -> Hashable:
     calls = []
     for visit in visits:
         pattern, tensors = read_call(*visit.call)
-        calls.append((repr(pattern), tuple(tensor.ndim for tensor in tensors), visit.attentions))
+        calls.append((_comparable(pattern), tuple(tensor.ndim for tensor in tensors), visit.attentions))
     return fingerprint(skeleton.model.get_submodule(path)), tuple(calls)
+
+
+def _comparable(pattern: Any) -> Hashable:
+    if isinstance(pattern, tuple):
+        return tuple(map(_comparable, pattern))
+    plain = pattern is None or pattern is ... or isinstance(pattern, (bool, int, float, str))
+    return pattern if plain else type(pattern)
 
 
 def _probe_resized(

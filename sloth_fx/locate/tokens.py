@@ -117,7 +117,11 @@ def _coordinates(places: Places, source: Source, latent: Latent) -> list[_Number
         if latent.size is None:
             return None
         packed = by_axis["n"][by_axis["n"] < math.prod(latent.size)]
+        if len(packed) < math.prod(latent.size):  # a part of them, or of other images
+            return None
         return list(np.unravel_index(packed, tuple(latent.size)))
+    if len(np.unique(by_axis["b"][: len(places)])) > 1 and "t" not in by_axis:  # frames that the host calls a batch
+        by_axis["t"] = by_axis["b"]
     nothing = np.zeros(len(places), dtype=np.int64)
     return [by_axis.get(letter, nothing) for letter in "thw"]
 

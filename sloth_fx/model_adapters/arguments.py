@@ -176,7 +176,7 @@ def _read_ids(ids: torch.Tensor, id_axes: str, rows: Any) -> LatentSize | None:
     """The size of the first image of which the tokens span a grid; text, which hosts put in front of it with
     coordinates of its own, does not."""
     coordinates = ids.detach().cpu().reshape(-1, *ids.shape[-2:])[0]
-    if coordinates.shape[-1] != len(id_axes):
+    if coordinates.shape[-1] < len(id_axes):
         return None
     if rows is not None:
         coordinates = coordinates[rows.detach().cpu().reshape(-1)]

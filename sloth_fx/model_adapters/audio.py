@@ -28,7 +28,6 @@ ADAPTERS = {
         trial=LENGTH,
         channels="audio_acoustic_hidden_dim",
         values={
-            "timestep_r": "batch",
             "encoder_hidden_states": "batch text encoder_hidden_size|hidden_size",
             "context_latents": lambda trial: trial.zeros(
                 trial.size("batch"),
@@ -78,6 +77,7 @@ ADAPTERS = {
             "bb_ca_time": "batch",
             "local_latents_time": "batch",
             "padding_mask": "bool batch residues",
+            "token_type": "long batch residues",
             "conditioning": protein_conditions,
         },
     ),

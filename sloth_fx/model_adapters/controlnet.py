@@ -28,17 +28,15 @@ def pixels(trial: Trial) -> Any:
     return trial.zeros(trial.size("batch"), channels, height, width)
 
 
-def each(net: ModelAdapter, **values: Any) -> ModelAdapter:
-    """The adapter of several ControlNets in one: the inputs of the first, and a list of what each has of its own."""
+def several(net: ModelAdapter, *own: str, **values: Any) -> ModelAdapter:
+    """The adapter of several ControlNets in one: the inputs of the first, with a list of what each has of its own."""
+    single = steering(net, conditioning_scale=lambda trial: 1.0, **values).inputs
+    assert single is not None
+    listed = {"controlnet_cond", "conditioning_scale", *own}
 
     def inputs(model: Any) -> Inputs:
-        assert net.inputs is not None
         nets = list(model.nets)
-        trial = Trial(nets[0], {})
-        given = net.inputs(nets[0])
-        own = {"controlnet_cond": given["controlnet_cond"], "conditioning_scale": 1.0}
-        own |= {name: trial.value(value) for name, value in values.items()}
-        return {**given, **{name: [value] * len(nets) for name, value in own.items()}}
+        return {name: [value] * len(nets) if name in listed else value for name, value in single(nets[0]).items()}
 
     return replace(net, inputs=inputs)
 
@@ -60,6 +58,12 @@ MOTION = unet.ADAPTERS["UNetMotionModel"]
 HUNYUAN_DIT = steering(image.ADAPTERS["HunyuanDiT2DModel"])
 Z_IMAGE = image.ADAPTERS["ZImageTransformer2DModel"]
 CONTROLNET = steering(UNET, controlnet_cond=pixels)
+UNION = steering(
+    UNET,
+    controlnet_cond=lambda trial: [pixels(trial)],
+    control_type="batch num_control_type",
+    control_type_idx=lambda trial: [0],
+)
 FLUX = steering(
     packed.ADAPTERS["FluxTransformer2DModel"],
     controlnet_cond="batch tokens in_channels",
@@ -76,12 +80,8 @@ SD3 = steering(
 
 ADAPTERS = {
     "ControlNetModel": CONTROLNET,
-    "ControlNetUnionModel": steering(
-        UNET,
-        controlnet_cond=lambda trial: [pixels(trial)],
-        control_type="batch num_control_type",
-        control_type_idx=lambda trial: [0],
-    ),
+    "ControlNetUnionModel": UNION,
+    "MultiControlNetUnionModel": several(UNION, "control_type", "control_type_idx"),
     "CosmosControlNetModel": steering(
         replace(video.ADAPTERS["CosmosTransformer3DModel"], latent="latents"),
         controls_latents="batch latent_channels-2 time height width",
@@ -89,14 +89,14 @@ ADAPTERS = {
         condition_mask="batch 1 time height width",
     ),
     "FluxControlNetModel": FLUX,
-    "FluxMultiControlNetModel": each(FLUX, controlnet_mode="long batch"),
+    "FluxMultiControlNetModel": several(FLUX, "controlnet_mode", controlnet_mode="long batch"),
     "HunyuanDiT2DControlNetModel": HUNYUAN_DIT,
-    "HunyuanDiT2DMultiControlNetModel": each(HUNYUAN_DIT),
-    "MultiControlNetModel": each(CONTROLNET),
+    "HunyuanDiT2DMultiControlNetModel": several(HUNYUAN_DIT),
+    "MultiControlNetModel": several(CONTROLNET),
     "QwenImageControlNetModel": QWEN_IMAGE,
-    "QwenImageMultiControlNetModel": each(QWEN_IMAGE),
+    "QwenImageMultiControlNetModel": several(QWEN_IMAGE),
     "SD3ControlNetModel": SD3,
-    "SD3MultiControlNetModel": each(SD3),
+    "SD3MultiControlNetModel": several(SD3),
     "SanaControlNetModel": steering(image.ADAPTERS["SanaTransformer2DModel"]),
     "SparseControlNetModel": steering(
         MOTION,

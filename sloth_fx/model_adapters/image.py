@@ -136,7 +136,9 @@ ADAPTERS = {
             "input_ids": "long batch text",
             "input_img_latents": lambda trial: [],
             "input_image_sizes": lambda trial: {},
-            "attention_mask": "bool batch sequence sequence",
+            "attention_mask": lambda trial: torch.ones(
+                trial.size("batch"), trial.size("sequence"), trial.size("sequence"), dtype=torch.int64
+            ),
             "position_ids": lambda trial: torch.arange(trial.size("sequence")).expand(trial.size("batch"), -1),
         },
     ),

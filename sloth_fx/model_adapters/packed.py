@@ -6,18 +6,13 @@ from typing import Any
 
 import torch
 
-from sloth_fx.model_adapters.parameters import family, grid_shape, shapes_of_images
+from sloth_fx.model_adapters.parameters import family, grid_shape
 from sloth_fx.model_adapters.trial import Trial
 
 
 def flux(**rest: Any) -> Any:
     """Flux and its kin: coordinates (image, row, column) in ``img_ids``, timesteps from 1 to 0."""
     return family("bnc", **{"ids": "img_ids", "timesteps": 1, **rest})
-
-
-def four_columns(trial: Trial) -> torch.Tensor:
-    """(tokens, 4) coordinates: image, row, column, place in the text."""
-    return trial.grid_ids(columns=4)
 
 
 def for_batch(ids: torch.Tensor, trial: Trial) -> torch.Tensor:
@@ -58,13 +53,12 @@ ADAPTERS = {
     "BriaTransformer2DModel": flux(timesteps=1000),
     "ChromaTransformer2DModel": flux(trial=SEQUENCE, values={"attention_mask": "bool batch sequence"}),
     "Flux2Transformer2DModel": flux(
-        id_axes="thw_",
         values={
-            "img_ids": lambda trial: for_batch(four_columns(trial), trial),
+            "img_ids": lambda trial: for_batch(trial.grid_ids(columns=4), trial),
             "txt_ids": "batch text 4",
         },
     ),
-    "Flux3Transformer2DModel": flux(id_axes="thw_", values={"img_ids": four_columns, "txt_ids": "text 4"}),
+    "Flux3Transformer2DModel": flux(),
     "FluxTransformer2DModel": flux(),
     "Ideogram4Transformer2DModel": family(
         "bnc",
@@ -104,6 +98,6 @@ ADAPTERS = {
         "bnc",
         shapes="img_shapes",
         timesteps=1,
-        values={"img_shapes": shapes_of_images, "additional_t_cond": "long batch if use_additional_t_cond"},
+        values={"additional_t_cond": "long batch if use_additional_t_cond"},
     ),
 }

@@ -14,7 +14,7 @@ from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import audio, controlnet, image, packed, unet, video
 from sloth_fx.model_adapters.adapter import ModelAdapter
 from sloth_fx.model_adapters.parameters import PARAMETERS
-from sloth_fx.model_adapters.trial import TrialInputs, config_of
+from sloth_fx.model_adapters.trial import Size, Trial, TrialInputs, config_of
 
 BUILT_IN: dict[str, ModelAdapter] = {
     name: adapter
@@ -25,6 +25,8 @@ _registered: dict[str, ModelAdapter] = {}
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma")
 _SIZE_NAMES = ("num_frames", "height", "width")
+_CONVOLVED = {nn.Conv1d: "bcw", nn.Conv2d: "bchw", nn.Conv3d: "bcthw"}
+_FILMS = ("3D", "Video", "Motion", "Temporal")
 _FIELDS = tuple(field.name for field in fields_of(ModelAdapter))
 
 
@@ -70,8 +72,10 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
         adapter = replace(adapter, timestep=next((name for name in _TIMESTEP_NAMES if name in parameters), None))
     if adapter.inputs is None and config_of(model):
         axes = adapter.axes or _axes_of(model, adapter)
-        trial = {"frames": 3} if "t" in axes or adapter.sizes == _SIZE_NAMES else {}
-        adapter = replace(adapter, inputs=TrialInputs(adapter.latent, axes, PARAMETERS, sizes=trial))
+        sizes: dict[str, Size] = {"frames": 3} if "t" in axes or adapter.sizes == _SIZE_NAMES else {}
+        if levels := Trial(model, {}).field("block_out_channels"):
+            sizes |= {"height": 8 << len(levels), "width": 12 << len(levels)}
+        adapter = replace(adapter, inputs=TrialInputs(adapter.latent, axes, PARAMETERS, sizes=sizes))
     return adapter
 
 
@@ -88,12 +92,7 @@ def _read_off(parameters: list[str]) -> ModelAdapter:
 
 def _axes_of(model: nn.Module, adapter: ModelAdapter) -> str:
     """The axes of the latent to try a model with that nobody has described."""
-    name, config = type(model).__name__, config_of(model)
-    patch = config.get("patch_size") if isinstance(config, dict) else getattr(config, "patch_size", None)
     if (adapter.ids or adapter.shapes or adapter.sizes) is not None:
         return "bnc"
-    if "1D" in name or "Audio" in name:
-        return "bcw"
-    if "3D" in name or "Video" in name or (isinstance(patch, (list, tuple)) and len(patch) == 3):
-        return "bcthw"
-    return "bchw"
+    first = next((_CONVOLVED[type(module)] for module in model.modules() if type(module) in _CONVOLVED), "bchw")
+    return "bcthw" if any(word in type(model).__name__ for word in _FILMS) else first

@@ -22,34 +22,6 @@ def _side(index: int) -> Size:
 SIZES: dict[str, Size] = {"text": 77, "height": _side(0), "width": _side(1)}
 
 
-def class_labels(trial: Trial) -> Any:
-    """Class numbers, or an embedding where the config wants one projected."""
-    if trial.field("class_embed_type") in ("simple_projection", "projection"):
-        return trial.tensor("batch projection_class_embeddings_input_dim")
-    return trial.tensor("long batch if class_embed_type|num_class_embeds")
-
-
-def added_conditions(trial: Trial) -> dict[str, Any]:
-    """SDXL's pooled text and sizes, or the image embeddings of Kandinsky and of IP-Adapter."""
-    added: dict[str, Any] = {}
-    kind, projection = trial.field("addition_embed_type"), trial.field("encoder_hid_dim_type")
-    if kind == "text_time":
-        pooled = trial.size("projection_class_embeddings_input_dim") - 6 * trial.size("addition_time_embed_dim")
-        added |= {"text_embeds": trial.zeros(trial.size("batch"), pooled), "time_ids": trial.tensor("batch 6")}
-    elif kind == "text_image":
-        added |= {"text_embeds": trial.tensor("batch cross_attention_dim")}
-        added |= {"image_embeds": trial.tensor("batch cross_attention_dim")}
-    elif kind in ("image", "image_hint"):
-        added |= {"image_embeds": trial.tensor("batch encoder_hid_dim")}
-    if kind == "image_hint":
-        added |= {"hint": trial.zeros(trial.size("batch"), 3, 8 * trial.size("height"), 8 * trial.size("width"))}
-    if projection == "text_image_proj":
-        added |= {"image_embeds": trial.tensor("batch cross_attention_dim")}
-    elif projection == "image_proj":
-        added |= {"image_embeds": trial.tensor("batch encoder_hid_dim")}
-    return added
-
-
 def text_of(first: int, last: int | None) -> Callable[[Trial], Any]:
     """The text that AudioLDM2's attentions from ``first`` to ``last`` of each layer read; they differ in channels."""
 
@@ -68,9 +40,6 @@ VALUES = {
     "timestep": "long",
     "encoder_hidden_states": "batch text encoder_hid_dim|cross_attention_dim",
     "encoder_attention_mask": None,
-    "class_labels": class_labels,
-    "timestep_cond": "batch time_cond_proj_dim if time_cond_proj_dim",
-    "added_cond_kwargs": lambda trial: added_conditions(trial) or None,
 }
 STABLE_DIFFUSION = NoiseSchedule()
 DDPM = NoiseSchedule(beta_start=0.0001, beta_end=0.02, kind="linear")
@@ -100,7 +69,6 @@ ADAPTERS = {
         text=("clip_text", "clip_text_pooled"),
         trial={"height": 32, "width": 48, "text": 77},
         values={
-            "timestep_ratio": "batch",
             "clip_text_pooled": "batch 1 clip_text_pooled_in_channels",
             "clip_text": "batch text clip_text_in_channels if clip_text_in_channels",
             "clip_img": "batch 1 clip_image_in_channels if clip_image_in_channels",
@@ -130,8 +98,8 @@ ADAPTERS = {
         values={
             "image_embeds": "batch 1 clip_img_dim",
             "prompt_embeds": "batch text text_dim",
-            "timestep_img": "long",
-            "timestep_text": "long",
+            "timestep_img": "long batch",
+            "timestep_text": "long batch",
         },
         noise=STABLE_DIFFUSION,
     ),
@@ -140,7 +108,6 @@ ADAPTERS = {
         latent="sample",
         channels="in_channels",
         trial={"width": "sample_size"},
-        values={"timestep": "batch"},
     ),
     "UNet3DConditionModel": video(latent="sample", trial=SIZES, values=VALUES, noise=STABLE_DIFFUSION),
     "UNetMotionModel": video(

@@ -14,15 +14,10 @@ from sloth_fx.model_adapters.unet import DDPM
 from sloth_fx.schedule import NoiseSchedule
 
 SAMPLE: dict[str, Size] = {
-    "height": "sample_height",
-    "width": "sample_width",
-    "tokens": lambda trial: trial.size("frames") * _patches(trial, 1) * _patches(trial, 2),
+    "rows": lambda trial: trial.size("sample_height") // trial.patch[1],
+    "columns": lambda trial: trial.size("sample_width") // trial.patch[2],
 }
 """The latent has the size that the config says."""
-
-
-def _patches(trial: Trial, axis: int) -> int:
-    return trial.size(("time", "height", "width")[axis]) // trial.patch[axis]
 
 
 COG_SIZES: dict[str, Size] = {
@@ -106,9 +101,7 @@ WAN_SIZES: dict[str, Size] = {
     # Where text and image share a sequence, Wan splits it at the length of its text encoder.
     "text": lambda trial: 512 if trial.field("image_dim") else 13,
 }
-HUNYUAN_VIDEO = {"guidance": "batch if guidance_embeds"}
-LTX_SIZES = ("num_frames", "height", "width")
-LTX = {"height": lambda trial: trial.size("rows"), "width": lambda trial: trial.size("columns")}
+SIZE_NAMES = ("num_frames", "height", "width")
 
 
 def faces(trial: Trial) -> torch.Tensor:
@@ -194,7 +187,7 @@ ADAPTERS = {
     "HunyuanVideoFramepackTransformer3DModel": video(
         trial={"frames": 2},
         values={
-            "image_embeds": "batch 5 image_proj_dim if has_image_proj",
+            "image_embeds": "batch 5 image_proj_dim|1152",
             "indices_latents": "long time",
             **{
                 f"{kind}latents_{name}": f"{shape} if has_clean_x_embedder"
@@ -224,16 +217,15 @@ ADAPTERS = {
     ),
     "LTX2VideoTransformer3DModel": video(
         "bnc",
-        sizes=LTX_SIZES,
+        sizes=SIZE_NAMES,
         text=("encoder_hidden_states", "audio_encoder_hidden_states"),
         values={
-            **LTX,
             "audio_hidden_states": "batch 9 audio_in_channels",
             "audio_encoder_hidden_states": "batch text caption_channels",
             "audio_num_frames": 9,
         },
     ),
-    "LTXVideoTransformer3DModel": video("bnc", sizes=LTX_SIZES, values=LTX),
+    "LTXVideoTransformer3DModel": video("bnc", sizes=SIZE_NAMES),
     "LatteTransformer3DModel": video(
         trial={"height": "sample_size", "width": "sample_size", "frames": "video_length"},
         values={"encoder_attention_mask": None},
@@ -294,7 +286,6 @@ ADAPTERS = {
         values={
             "hidden_states": per_image("out_dim time height width"),
             "condition_latents": per_image("in_dim-out_dim time height width"),
-            "timestep": "batch",
             "encoder_hidden_states": per_image("text text_dim"),
             "encoder_hidden_states_image": "batch 257 1280 if use_img_emb",
             "kv_cache": kv_cache,

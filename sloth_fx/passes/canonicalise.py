@@ -30,7 +30,7 @@ def canonicalise(graph: fx.Graph) -> bool:
     Returns whether the graph changed. A softmax that is no attention stays.
     """
     changed = host_cores(graph)
-    _inline_softmax(graph)
+    _prepare(graph)
     for attention in explicit_attention(graph):
         changed = _outline(graph, attention) or changed
     graph.eliminate_dead_code(has_effect)
@@ -38,12 +38,24 @@ def canonicalise(graph: fx.Graph) -> bool:
     return changed
 
 
-def _inline_softmax(graph: fx.Graph) -> None:
-    """``self.softmax(scores)`` as a function; dropout and nothing at all, where they follow."""
+def _prepare(graph: fx.Graph) -> None:
+    """Modules without parameters between the products become functions; a tensor in two roles becomes two nodes."""
     for attention in explicit_attention(graph):
         for node in attention.chain:
             if node.op == "call_module":
                 _inline(graph, node)
+        if attention.query.node is attention.key.node:
+            _use_alias(graph, attention.scores.node, attention.scores.right)
+        if attention.value.node in (attention.query.node, attention.key.node):
+            _use_alias(graph, attention.output.node, attention.value.node)
+
+
+def _use_alias(graph: fx.Graph, product: fx.Node, factor: fx.Node) -> None:
+    """Let the last argument of ``product`` that is ``factor`` be a view of it."""
+    with graph.inserting_before(product):
+        alias = call(graph, "permute", factor, *range(factor.meta["hint"].ndim))
+    last = max(index for index, arg in enumerate(product.args) if arg is factor)
+    product.update_arg(last, alias)
 
 
 def _inline(graph: fx.Graph, node: fx.Node) -> None:
@@ -67,7 +79,6 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
 
 def _outline(graph: fx.Graph, attention: ExplicitAttention) -> bool:
     """Put a core in place of an attention that is spelled out, unless it needs more than functions and methods."""
-    attention = _distinct(graph, attention)
     masks = masks_of(attention)
     output = attention.output.node
     with graph.inserting_before(output):
@@ -76,10 +87,10 @@ def _outline(graph: fx.Graph, attention: ExplicitAttention) -> bool:
     outline = Outline(attention, masks[0] if masks else None)
     try:
         function = outline.function()
-        refusal = refusal_at_other_sizes(function, *hints, options=outline.options)
+        refusal = refusal_at_other_sizes(function, hints, outline.options)
         if refusal is not None and outline.follow_sizes():
             function = outline.function()
-            refusal = refusal_at_other_sizes(function, *hints, options=outline.options)
+            refusal = refusal_at_other_sizes(function, hints, outline.options)
     except LookupError:
         return False
     if attention.shared:
@@ -89,9 +100,19 @@ def _outline(graph: fx.Graph, attention: ExplicitAttention) -> bool:
     with graph.inserting_before(output):
         mask = {"mask": _canonical_mask(graph, masks[0], attention)} if masks else {}
         core = graph.call_function(function, tuple(tensors), {**mask, **outline.options})
-        core.meta["hint"] = to_canonical_hint(output, attention)
+        core.meta["hint"] = output.meta["hint"].permute(attention.output_order)
         refuse(core, refusal)
         result = from_canonical(core, attention.output_order)
     output.replace_all_uses_with(result)
     graph.eliminate_dead_code(has_effect)
     return True
+
+
+def _canonical_mask(graph: fx.Graph, mask: Mask, attention: ExplicitAttention) -> fx.Node:
+    """The mask over (..., N, M), as a core has it."""
+    node, order = mask.mask, attention.scores_order
+    if order != tuple(range(len(order))):
+        for _ in range(len(order) - node.meta["hint"].ndim):
+            node = call(graph, "unsqueeze", node, 0)
+        node = to_canonical(node, order)
+    return call(graph, "logical_not", node) if mask.kind == "ignore" else node

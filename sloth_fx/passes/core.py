@@ -30,8 +30,8 @@ class AttentionCore:
     scores; whoever reduces the keys reduces it as well. ``causal`` tells that a query attends to no later key.
 
     ``attend(query, key, value, mask, **options)``, the mask being optional and in fourth place, is the host's own
-    attention for other tensors: another batch, other numbers of queries and keys. ``options`` (a scale, dropout, grouped
-    queries) may hold nodes, and never mask nor ``causal``. ``refusal`` says why no operator can work here, if so.
+    attention for other tensors: another batch, other numbers of queries and keys. ``options`` (a scale, dropout,
+    grouped queries) may hold nodes, and never mask nor ``causal``. ``refusal`` says why no operator can work here.
     """
 
     node: fx.Node

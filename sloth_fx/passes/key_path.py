@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
-
-from sloth_fx.passes.core import AttentionCore
 
 _SUMS = frozenset({"add", "sub", "iadd", "isub", "add_", "sub_"})
 _PRODUCTS = frozenset({"mul", "imul", "mul_"})
@@ -31,7 +28,7 @@ _SHAPES = frozenset(
 )
 _ARITHMETIC = frozenset(
     {"neg", "negative", "pow", "square", "sqrt", "rsqrt", "truediv", "div", "mean", "sum", "rms_norm", "layer_norm"}
-    | {"complex", "real", "imag", "setitem", "empty_like", "zeros_like", "dropout", "normalize", "norm", "abs"}
+    | {"complex", "real", "imag", "setitem", "empty_like", "zeros_like", "dropout"}
 )
 _PER_TOKEN = _SUMS | _PRODUCTS | _CASTS | _SHAPES | _ARITHMETIC
 _PER_TOKEN_MODULES = ("LayerNorm", "RMSNorm", "Norm", "Identity", "Dropout")
@@ -76,14 +73,14 @@ class Path:
     above: fx.Node | None
 
 
-def paths(core: AttentionCore, end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Sizes) -> list[Path]:
+def paths(end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Sizes) -> list[Path]:
     """Where the tokens may be reduced that become ``end`` and none of ``others``: above the projection, and just before
     what rotates them. Best first; empty where something on the way is not known to work on each token alone."""
     shared: dict[fx.Node, None] = {}
     for other in others:
         shared.update(_behind(other))
     own = {node: None for node in _behind(end) if node not in shared}
-    projected = _ahead(node for node in _behind(end) if _is_projection(node, owner))
+    projected = _ahead(_projections(end, owner))
     starts = [
         node
         for node in own
@@ -97,18 +94,20 @@ def paths(core: AttentionCore, end: fx.Node, others: Iterable[fx.Node], owner: n
     rotations = _rotations(nodes, starts[0], owner, sizes)
     if rotations is None or end not in nodes:
         return []
-    found = [_above(starts[0], nodes, rotations, owner, sizes), _before_rotation(end, nodes, rotations, core, sizes)]
+    found = [_above(starts[0], nodes, rotations, owner, sizes)]
+    if rotations:
+        found.append(_before_rotation(end, nodes, rotations, sizes))
     return [path for path in found if path is not None]
 
 
 def is_rotated(end: fx.Node, owner: nn.Module, sizes: Sizes) -> bool:
     """Whether anything on the way to ``end`` takes a value for each token that does not come from the tokens."""
-    behind = _behind(end)
-    projected = _ahead(node for node in behind if _is_projection(node, owner))
+    projections = _projections(end, owner)
+    projected = _ahead(projections)
     return any(
         sizes.axis(other) is not None and other not in projected
-        for node in behind
-        if node in projected and not _is_projection(node, owner)
+        for node in _behind(end)
+        if node in projected and node not in projections
         for other in node.all_input_nodes
     )
 
@@ -122,7 +121,7 @@ def _above(
     start: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], owner: nn.Module, sizes: Sizes
 ) -> Path | None:
     if not _is_projection(start, owner):  # a part of what one projection makes for all
-        return _path(start, nodes, rotations, sizes, None)
+        return _path(start, nodes, rotations, sizes)
     inputs = start.all_input_nodes
     axis = sizes.axis(inputs[0]) if len(inputs) == 1 else None
     if axis != 1 or inputs[0].meta["hint"].ndim != 3:
@@ -131,35 +130,18 @@ def _above(
 
 
 def _before_rotation(
-    end: fx.Node,
-    nodes: dict[fx.Node, None],
-    rotations: tuple[Rotation, ...],
-    core: AttentionCore,
-    sizes: Sizes,
+    end: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], sizes: Sizes
 ) -> Path | None:
     """The last node that all ways to the rotation lead through."""
-    if not rotations:
-        return None
     factors = {factor for rotation in rotations for factor in rotation.factors}
-    rotating = _ahead(node for node in nodes if any(parent in factors for parent in node.all_input_nodes))
-    for node in sorted(nodes, reverse=True):
-        if node not in rotating and sizes.axis(node) and _all_through(node, end, nodes, core):
-            return _path(node, nodes, rotations, sizes, None)
+    rotating = [node for node in nodes if any(parent in factors for parent in node.all_input_nodes)]
+    for gate in sorted(nodes, reverse=True):
+        after = {node: None for node in _ahead([gate]) if node in nodes and node is not gate}
+        if sizes.axis(gate) and end in (gate, *after) and all(node in after for node in rotating):
+            ways = (parent for node in after for parent in node.all_input_nodes if parent in nodes)
+            if all(parent is gate or parent in after or not _carries(parent) for parent in ways):
+                return _path(gate, nodes, rotations, sizes)
     return None
-
-
-def _all_through(gate: fx.Node, end: fx.Node, nodes: dict[fx.Node, None], core: AttentionCore) -> bool:
-    """Whether every way of the tokens to ``end`` leads through ``gate``."""
-    first = next(iter(nodes))
-    if gate in (first, end):
-        return gate is first or not any(user is not core.node for user in gate.users if user in nodes)
-    around, waiting = {first}, [first]
-    while waiting:
-        for user in _users(waiting.pop()):
-            if user is not gate and user in nodes and user not in around:
-                around.add(user)
-                waiting.append(user)
-    return end not in around and not any(_carries(node) and user in _ahead([gate]) for node in around for user in node.users)
 
 
 def _carries(node: fx.Node) -> bool:
@@ -168,11 +150,9 @@ def _carries(node: fx.Node) -> bool:
     )
 
 
-def _path(
-    node: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], sizes: Sizes, above: fx.Node | None
-) -> Path | None:
+def _path(node: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], sizes: Sizes) -> Path | None:
     axis = sizes.axis(node)
-    return Path(node, axis, tuple(node.users), nodes, rotations, above) if axis else None
+    return Path(node, axis, tuple(node.users), nodes, rotations, None) if axis else None
 
 
 def _rotations(
@@ -239,9 +219,20 @@ def _is_per_token(node: fx.Node, owner: nn.Module, sizes: Sizes) -> bool:
         return type(module).__name__.endswith(_PER_TOKEN_MODULES) and len(node.all_input_nodes) == 1
     if not isinstance(hint, torch.Tensor) and name_of(node) != "setitem":
         return node.target is getattr or not _carries(node) or name_of(node) in _SHAPES
-    if name_of(node) not in _PER_TOKEN and node.target is not F.scaled_dot_product_attention:
+    if name_of(node) not in _PER_TOKEN:
         return False
     return hint is None or sizes.axis(node) is not None or sizes.total - sizes.image in hint.shape
+
+
+def _projections(end: fx.Node, owner: nn.Module) -> list[fx.Node]:
+    """The last linear layers on the ways to ``end``."""
+    behind = _behind(end)
+    found = [node for node in behind if _is_projection(node, owner)]
+    return [node for node in found if not any(later in found and later in behind for later in _after(node))]
+
+
+def _after(node: fx.Node) -> list[fx.Node]:
+    return [later for later in _ahead([node]) if later is not node]
 
 
 def _is_projection(node: fx.Node, owner: nn.Module) -> bool:

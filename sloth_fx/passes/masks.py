@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -36,7 +37,7 @@ def masks_of(attention: ExplicitAttention) -> list[Mask]:
     if attention.scores.added is not None:
         found.append(Mask(attention.scores.node, None, attention.scores.added, "added"))
     before = attention.chain[: attention.chain.index(attention.softmax)]
-    for scores, node in zip(before, before[1:], strict=False):
+    for scores, node in itertools.pairwise(before):
         mask = _applied(node, scores)
         if mask is not None and _has_tokens(mask.mask, attention):
             found.append(mask)
@@ -44,14 +45,14 @@ def masks_of(attention: ExplicitAttention) -> list[Mask]:
 
 
 def _applied(node: fx.Node, scores: fx.Node) -> Mask | None:
-    args = [*node.args, *(node.kwargs[name] for name in ("other", "mask") if name in node.kwargs)]
+    args: list[Any] = [*node.args, *(node.kwargs[name] for name in ("other", "mask") if name in node.kwargs)]
     if node.target in _ADD and len(args) == 2 and not node.kwargs.get("alpha"):
         other = args[0] if args[1] is scores else args[1]
         return Mask(node, scores, other, "added") if dimensions(other) else None
     if node.target in _FILL and args[0] is scores:
         return Mask(node, scores, args[1], "ignore") if dimensions(args[1]) else None
     if node.target is torch.where and len(args) == 3 and dimensions(args[0]):
-        return Mask(node, scores, args[0], "attend" if args[1] is scores else "ignore")  # type: ignore[arg-type]
+        return Mask(node, scores, args[0], "attend" if args[1] is scores else "ignore")
     return None
 
 
@@ -59,9 +60,7 @@ def _has_tokens(mask: fx.Node, attention: ExplicitAttention) -> bool:
     """Whether ``mask`` differs from key to key or from query to query: else it is a number by head."""
     shape = mask.meta["hint"].shape
     rank = len(attention.scores_order)
-    return any(
-        len(shape) >= rank - at and shape[at - rank] > 1 for at in attention.scores_order[-2:] if at is not None
-    )
+    return any(len(shape) >= rank - at and shape[at - rank] > 1 for at in attention.scores_order[-2:] if at is not None)
 
 
 def with_mask(scores: Tensor, mask: Tensor) -> Tensor:
@@ -69,4 +68,3 @@ def with_mask(scores: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype is torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
     return scores + mask.to(scores.dtype)
-

@@ -46,8 +46,12 @@ class Outline:
             for each in node.all_input_nodes:
                 self._find_extras(each)
 
+    @property
+    def options(self) -> dict[str, fx.Node]:
+        return {name: node for node, name in self.extras.items()}
+
     def follow_sizes(self) -> bool:
-        """Take integers that are sizes of query or key from those, not from elsewhere. Returns whether there are any."""
+        """Take integers that are sizes of query or key from those. Returns whether there are any."""
         found: dict[int, tuple[str, int]] = {}
         for name in ("query", "key"):
             operand = self._operands[name]
@@ -106,7 +110,13 @@ class _Body:
     """The graph of one variant: without a mask, with the host's kind of mask, or with any other."""
 
     def __init__(
-        self, outline: Outline, operands: dict[str, Any], sizes: dict[fx.Node, tuple[str, int]], *, masked: bool, own: bool
+        self,
+        outline: Outline,
+        operands: dict[str, Any],
+        sizes: dict[fx.Node, tuple[str, int]],
+        *,
+        masked: bool,
+        own: bool,
     ) -> None:
         self.attention = outline.attention
         self.host_mask = outline.mask
@@ -151,7 +161,7 @@ class _Body:
                 lambda each: self.types.get(each, each) if isinstance(each, (torch.dtype, torch.device)) else each,
             )
         if node is self.attention.softmax and self.mask is not None and not self.own:
-            scores = copy.args[0]
+            scores = self.copies[node.all_input_nodes[0]]
             with self.graph.inserting_before(copy):
                 mask = from_canonical(self.mask, self.attention.scores_order)
                 copy.replace_input_with(scores, self.graph.call_function(with_mask, (scores, mask)))

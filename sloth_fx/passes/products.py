@@ -1,7 +1,7 @@
 """Products of two tensors, whatever function computes them, with a letter for each dimension.
 
-    torch.bmm(a, b)                            "znd", "zdm" -> "znm"
-    torch.einsum("b i d, b j d -> b i j", a, b)    "bid", "bjd" -> "bij"
+torch.bmm(a, b)                            "znd", "zdm" -> "znm"
+torch.einsum("b i d, b j d -> b i j", a, b)    "bid", "bjd" -> "bij"
 """
 
 from __future__ import annotations

@@ -6,119 +6,149 @@
 
 Above the projections is where the reference node reduces (max pooling does not commute with a linear layer), and it
 saves the projections' work too. It is possible where everything between the projections and the attention works on
-each token alone; otherwise keys and values are reduced where the attention takes them.
+each token alone (``key_path.py``); otherwise keys and values are reduced where the attention takes them.
+
+Keys with a rotary embedding are pooled before they are rotated, and rotated at the centre of their window:
+
+    key = self.norm_k(self.to_k(x))      reduced = self.sloth_reduce_0.unrotated(x, 1)
+    key = rotate(key, cos, sin)   ->     key = self.norm_k(self.to_k(reduced[0]))
+                                         factors = self.sloth_reduce_0.rotation(cos, sin, kind="pair", axis=1)
+                                         key = self.sloth_reduce_0.blend(rotate(key, *factors))
+
+Where the graph does not show how they are rotated, the first key of each window is picked, rotated as it is.
 """
 
 from __future__ import annotations
 
 import operator
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.fx.node import Argument
 
 from sloth_fx.capture.recorder import has_effect
-from sloth_fx.operators import KeyLayout, Pooling, reduce_tokens
-from sloth_fx.passes.core import AttentionCore, check_tokens, first_input
+from sloth_fx.passes.causal import causal_of, tell_causal
+from sloth_fx.passes.core import AttentionCore, attention_cores
+from sloth_fx.passes.key_path import Path, Rotation, Sizes, is_rotated, paths
+from sloth_fx.passes.reduction import KeyValueReduction
 
-_RESHAPES = frozenset({"view", "reshape", "transpose", "permute", "contiguous", "unflatten", "flatten", "to", "float"})
-_PER_TOKEN = ("LayerNorm", "RMSNorm", "Identity", "Dropout")
+__all__ = ["LEVELS", "KeyValueReduction", "reduce_kv"]
+
+LEVELS = 3
+"""How many ways there are to insert a reduction, from above the projections down to the attention."""
 
 
-class KeyValueReduction(nn.Module):
-    """Reduces the tokens that become keys and values to those that ``layout`` leaves.
+def reduce_kv(
+    graph: fx.Graph,
+    core: AttentionCore,
+    name: str,
+    owner: nn.Module,
+    *,
+    image_tokens: int | None = None,
+    level: int = 0,
+) -> tuple[AttentionCore, str]:
+    """Insert calls of ``self.<name>``, a :class:`KeyValueReduction`; returns the core, and where they went.
 
-    Takes what both projections take (B, N, C), or keys or values (B, H, N, D) or (B*H, N, D). Returns what becomes of
-    it as keys and as values; that is one tensor where both are reduced alike. ``site`` is named in errors.
+    ``image_tokens`` is how many of the captured keys are the image's (default: all). ``level`` (0 to ``LEVELS`` - 1)
+    says how many of the better ways to leave out, because the owner does not follow fewer keys there.
     """
-
-    def __init__(self, site: str, pooling: Pooling, layout: KeyLayout) -> None:
-        super().__init__()
-        self.site = site
-        self.pooling = pooling
-        self.layout = layout
-
-    def set_layout(self, layout: KeyLayout, halves: int) -> None:
-        self.layout = layout
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        layout = self.layout
-        if layout.window == (1, 1):  # nothing to pool; cutting tiles out is then left to the tiled attention
-            return tokens, tokens
-        check_tokens(self.site, tokens, layout)
-        if tokens.ndim == 3:
-            return reduce_tokens(tokens, layout, self.pooling)
-        heads = tokens.shape[1]
-        keys, values = reduce_tokens(tokens.transpose(1, 2).flatten(2), layout, self.pooling)
-        return _with_heads(keys, heads), _with_heads(values, heads)
-
-    def extra_repr(self) -> str:
-        return f"{self.pooling}, {self.layout}"
-
-
-def _with_heads(tokens: Tensor, heads: int) -> Tensor:
-    return torch.unflatten(tokens, 2, (heads, -1)).transpose(1, 2)
-
-
-def reduce_kv(graph: fx.Graph, core: AttentionCore, name: str, owner: nn.Module, *, hoist: bool = True) -> str:
-    """Insert calls of ``self.<name>``, a :class:`KeyValueReduction`, and return where they went.
-
-    ``hoist=False`` keeps them at the attention core.
-    """
-    to_key, to_value = (_projection(node, owner) for node in (core.key, core.value)) if hoist else (None, None)
-    if to_key is None or to_value is None or to_key is to_value:
-        key, value = (
-            _reduced(graph, name, node, core.node)[index] for index, node in enumerate((core.key, core.value))
-        )
-        _replace_key_value(core, key, value)
-        place = "at the attention's keys and values"
-    else:
-        key_input, value_input = to_key.all_input_nodes[0], to_value.all_input_nodes[0]
-        key, value = _reduced(graph, name, key_input, min(to_key, to_value) if key_input is value_input else to_key)
-        if value_input is not key_input:
-            value = _reduced(graph, name, value_input, to_value)[1]
-        to_key.replace_input_with(key_input, key)
-        to_value.replace_input_with(value_input, value)
-        place = f"above {to_key.target}, {to_value.target}"
+    total = core.key.meta["hint"].shape[-2]
+    sizes = Sizes(image_tokens or total, total)
+    to_key = _path(core, core.key, level, owner, sizes)
+    to_value = _path(core, core.value, level, owner, sizes)
+    if to_value is not None and to_value.rotations:
+        to_value = None
+    picked = to_key is None and is_rotated(core.key, owner, sizes)
+    rotated = to_key is not None and bool(to_key.rotations)
+    calls: dict[tuple[fx.Node, int], fx.Node] = {}
+    for index, path in enumerate((to_key, to_value)):
+        if path is not None:
+            _reduce_path(graph, f"{name}.unrotated" if rotated else name, path, index, calls)
+    if to_key is not None:
+        for rotation in to_key.rotations:
+            _reduce_rotation(graph, name, rotation, to_key)
+    core = _reduce_at_core(_current(graph, core), graph, name, to_key, to_value, picked)
+    if core.masked:
+        core = _reduce_mask(core, graph, f"{name}.picked_mask" if picked else f"{name}.mask")
     graph.eliminate_dead_code(has_effect)
     graph.lint()
-    return place
+    return _current(graph, core), _place(to_key, to_value, picked)
 
 
-def _reduced(graph: fx.Graph, name: str, tokens: fx.Node, before: fx.Node) -> tuple[fx.Node, fx.Node]:
-    with graph.inserting_before(before):
-        reduced = graph.call_module(name, (tokens,))
-        return graph.call_function(operator.getitem, (reduced, 0)), graph.call_function(operator.getitem, (reduced, 1))
+def _path(core: AttentionCore, end: fx.Node, level: int, owner: nn.Module, sizes: Sizes) -> Path | None:
+    others = [node for node in (core.query, core.key, core.value) if node is not end]
+    if end in others or len(others) < 2:
+        return None
+    found = paths(end, others, owner, sizes)
+    return found[level] if level < min(len(found), LEVELS - 1) else None
 
 
-def _replace_key_value(core: AttentionCore, key: fx.Node, value: fx.Node) -> None:
-    args = list(core.node.args)
-    kwargs = dict(core.node.kwargs)
-    for position, (name, new) in enumerate((("key", key), ("value", value)), start=1):
-        if name in kwargs:
-            kwargs[name] = new
-        else:
-            args[position] = new
-    core.node.args, core.node.kwargs = tuple(args), kwargs
+def _reduce_path(
+    graph: fx.Graph, target: str, path: Path, index: int, calls: dict[tuple[fx.Node, int], fx.Node]
+) -> None:
+    """Let the users of a path take what becomes of its tokens as keys (``index`` 0) or as values (1)."""
+    tokens, axis = path.tokens, path.axis
+    if (tokens, axis) not in calls:
+        with graph.inserting_after(tokens):
+            calls[tokens, axis] = graph.call_module(target, (tokens, axis))
+    with graph.inserting_after(calls[tokens, axis]):
+        reduced = graph.call_function(operator.getitem, (calls[tokens, axis], index))
+    for user in path.users:
+        user.replace_input_with(tokens, reduced)
 
 
-def _projection(node: fx.Node, owner: nn.Module) -> fx.Node | None:
-    """The linear projection that ``node`` comes from by operations on each token alone."""
-    tokens = node.meta["hint"].shape[-2]
-    current: fx.Node | None = node
-    while current is not None:
-        if current.op == "call_module":
-            module = owner.get_submodule(str(current.target))
-            if hasattr(module, "in_features") and hasattr(module, "out_features"):
-                source = first_input(current)
-                return current if source is not None and _is_tokens(source, tokens) else None
-            if not type(module).__name__.endswith(_PER_TOKEN) or len(current.all_input_nodes) != 1:
-                return None
-        elif current.op != "call_method" or current.target not in _RESHAPES:
-            return None
-        current = first_input(current)
-    return None
+def _reduce_rotation(graph: fx.Graph, name: str, rotation: Rotation, path: Path) -> None:
+    options: dict[str, Argument] = {"kind": rotation.kind, "axis": rotation.axis}
+    with graph.inserting_after(max(rotation.factors)):
+        reduced = graph.call_module(f"{name}.rotation", rotation.factors, options)
+    for index, factor in enumerate(rotation.factors):
+        with graph.inserting_after(reduced):
+            new = graph.call_function(operator.getitem, (reduced, index))
+        for user in [user for user in factor.users if user in path.nodes]:
+            user.replace_input_with(factor, new)
 
 
-def _is_tokens(node: fx.Node, tokens: int) -> bool:
-    hint = node.meta.get("hint")
-    return isinstance(hint, torch.Tensor) and hint.ndim == 3 and hint.shape[1] == tokens
+def _reduce_at_core(
+    core: AttentionCore, graph: fx.Graph, name: str, to_key: Path | None, to_value: Path | None, picked: bool
+) -> AttentionCore:
+    """What is left to do where the attention takes keys and values."""
+    with graph.inserting_before(core.node):
+        if picked:
+            core = core.replace(key=graph.call_module(f"{name}.picked", (core.key,)))
+        elif to_key is None:
+            reduced = graph.call_module(name, (core.key,))
+            core = core.replace(key=graph.call_function(operator.getitem, (reduced, 0)))
+        elif to_key.rotations:
+            core = core.replace(key=graph.call_module(f"{name}.blend", (core.key,)))
+        if to_value is None:
+            reduced = graph.call_module(name, (core.value,))
+            core = core.replace(value=graph.call_function(operator.getitem, (reduced, 1)))
+    return core
+
+
+def _reduce_mask(core: AttentionCore, graph: fx.Graph, target: str) -> AttentionCore:
+    with graph.inserting_before(core.node):
+        reduced = graph.call_module(target, (core.mask, core.query, core.key, causal_of(core)))
+        mask, causal = (graph.call_function(operator.getitem, (reduced, index)) for index in range(2))
+    if core.causal:
+        tell_causal(core, causal)
+    return core.replace(mask=mask)
+
+
+def _current(graph: fx.Graph, core: AttentionCore) -> AttentionCore:
+    """The core with what it takes by now."""
+    return next(each for each in attention_cores(graph) if each.node is core.node)
+
+
+def _place(to_key: Path | None, to_value: Path | None, picked: bool) -> str:
+    spared = [str(path.above.target) for path in (to_key, to_value) if path is not None and path.above is not None]
+    if len(spared) == 2:
+        where = "above " + ", ".join(spared)
+    elif picked and to_value is not None:
+        where = f"above {spared[0]}" if spared else "below the projection"
+    elif to_key is not None and to_value is not None:
+        where = "below the projection"
+    else:
+        where = "at the attention's keys and values"
+    if picked:
+        return f"{where}; keys: one in each window (their rotation is not recognised)"
+    return f"{where}; keys rotated at the centre of their window" if to_key is not None and to_key.rotations else where

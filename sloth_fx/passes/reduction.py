@@ -40,8 +40,8 @@ class _Reduction(nn.Module):
             rows, columns = self.layout.grid
             frames = f"{self.layout.frames} x " if self.layout.frames > 1 else ""
             raise SlothError(
-                f"{self.site}: {total} tokens do not fit a grid of {frames}{rows} x {columns}, which this latent should "
-                "give; give transform example_inputs of this size"
+                f"{self.site}: {total} tokens do not fit a grid of {frames}{rows} x {columns}, which this latent "
+                "should give; give transform example_inputs of this size"
             )
         return self.place
 
@@ -143,15 +143,15 @@ class KeyBlend(_Reduction):
             return keys
         kept = self.layout.gathered_tokens(self.pooling.border)
         before, both, after = split_image(keys, self.place, 2 * kept, -2)
-        one, pool = both.split(kept, -2)
+        one, pool = torch.split(both, kept, -2)
         return join_image(before, one.lerp(pool, self.pooling.k_blend), after, -2)
 
 
 class MaskReduction(_Reduction):
     """The mask of the keys that are left, and whether the host still has to hide later keys by itself.
 
-    With ``causal`` the order of the keys hides some, which is said by a mask once there are fewer. ``query`` (..., N, D)
-    and ``key`` (..., M, D), after their reduction, tell the numbers.
+    With ``causal`` the order of the keys hides some, which a mask has to say once there are fewer. ``query``
+    (..., N, D) and ``key`` (..., M, D), after their reduction, tell the numbers.
     """
 
     def forward(self, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> tuple[Tensor | None, bool]:
@@ -163,5 +163,3 @@ class MaskReduction(_Reduction):
         if mask is not None and mask.shape[-1] > 1:
             mask = reduce_mask(mask, self.layout, self.pooling, self.place_in(mask.shape[-1]))
         return mask, False
-
-

@@ -1,6 +1,6 @@
 """Replace the attention core by one whose queries attend within their tile and to samples of the whole image.
 
-    out = attend(query, key, value)     ->     out = self.sloth_tile_0(query, key, value)
+    out = attend(query, key, value, mask)     ->     out = self.sloth_tile_0(query, key, value, mask, causal)
 
 What the host asked of its attention besides (a scale, dropout) goes along.
 """
@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sloth_fx.operators import KeyLayout, near_sighted_attention
+from sloth_fx.operators import KeyLayout, both_masks, causal_mask, near_sighted_attention
+from sloth_fx.passes.causal import causal_name, causal_of
 from sloth_fx.passes.core import Attend, AttentionCore, check_tokens
+from sloth_fx.site import Place
 
 _MERGING_IS_FASTER = ("cpu",)  # docs/benchmarks.md; GPUs are not measured yet
 
@@ -23,8 +25,9 @@ _MERGING_IS_FASTER = ("cpu",)  # docs/benchmarks.md; GPUs are not measured yet
 class TiledAttention(nn.Module):
     """Near-sighted attention over ``layout``; the host's own attention where the layout has no tiles.
 
-    Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H. ``site`` is named in
-    errors.
+    Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H, and the host's mask, which
+    broadcasts to (B, H, N, M) or (B*H, N, M). ``query_place`` and ``key_place`` tell where the image lies in sequences
+    with other tokens, ``border`` how its keys were pooled. ``site`` is named in errors.
     """
 
     def __init__(
@@ -36,6 +39,9 @@ class TiledAttention(nn.Module):
         folded_heads: int | None,
         concat_local: bool,
         concat_global: bool,
+        query_place: Place | None = None,
+        key_place: Place | None = None,
+        border: str = "keep",
     ) -> None:
         super().__init__()
         self.site = site
@@ -44,25 +50,45 @@ class TiledAttention(nn.Module):
         self.folded_heads = folded_heads
         self.concat_local = concat_local
         self.concat_global = concat_global
+        self.query_place = query_place or Place()
+        self.key_place = key_place or Place()
+        self.border = border
         self.halves = 1
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout, self.halves = layout, halves
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
         layout = self.layout
         if layout.tile is None:
-            return self.attend(query, key, value, **options)
-        check_tokens(self.site, query, layout)
+            if causal:
+                options[causal_name(self.attend)] = True
+            return self.attend(query, key, value, *([] if mask is None else [mask]), **options)
+        if self.query_place.alone:
+            check_tokens(self.site, query, layout)
+        if causal:
+            mask = both_masks(mask, causal_mask(query.shape[-2], key.shape[-2], query.device))
         if self.folded_heads is not None:
             query, key, value = (torch.unflatten(each, 0, (-1, self.folded_heads)) for each in (query, key, value))
-        merge = "lse" if self.folded_heads is None and self._merges(query, key, value, options) else "concat"
+        merge = "lse" if self._merges(query, key, value, mask, options) else "concat"
         out = near_sighted_attention(
             query,
             key,
             value,
             layout,
-            gathered=layout.window != (1, 1),
+            gathered=layout.pooled,
+            border=self.border,
+            mask=None if mask is None else self._with_heads(mask),
+            query_place=self.query_place,
+            key_place=self.key_place,
             attend=partial(self.attend if self.folded_heads is None else self._attend_folded, **options),
             merge=merge,
             halves=self.halves,
@@ -71,16 +97,26 @@ class TiledAttention(nn.Module):
         )
         return out if self.folded_heads is None else out.flatten(0, 1)
 
-    def _merges(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    def _merges(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
         """Whether to merge two attentions instead of copying the samples for every tile: where that was measured to be
         faster, where it computes what the host asked for, and where no gradient is needed (it has none)."""
-        if query.device.type not in _MERGING_IS_FASTER or self.attend is not F.scaled_dot_product_attention or options:
+        if query.device.type not in _MERGING_IS_FASTER or self.attend is not F.scaled_dot_product_attention:
+            return False
+        if mask is not None or options or self.folded_heads is not None:
             return False
         return not (torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)))
 
-    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        out = self.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), **options)
-        return torch.unflatten(out, 0, (-1, query.shape[1]))
+    def _with_heads(self, mask: Tensor) -> Tensor:
+        """(B, H, N, M), as far as the mask has these axes."""
+        if self.folded_heads is not None and mask.ndim == 3 and mask.shape[0] > 1:
+            mask = torch.unflatten(mask, 0, (-1, self.folded_heads))
+        return mask[(None,) * (4 - mask.ndim)]
+
+    def _attend_folded(self, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor, **options: Any) -> Tensor:
+        heads = query.shape[1]
+        folded = [mask.expand(-1, heads, -1, -1).flatten(0, 1) for mask in masks]
+        out = self.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), *folded, **options)
+        return torch.unflatten(out, 0, (-1, heads))
 
     def extra_repr(self) -> str:
         return str(self.layout)
@@ -88,9 +124,10 @@ class TiledAttention(nn.Module):
 
 def tile_queries(graph: fx.Graph, core: AttentionCore, name: str) -> str:
     """Replace ``core`` by a call of ``self.<name>``, a :class:`TiledAttention`, and return where that is."""
+    causal = causal_of(core)
+    masks = (core.mask, causal) if causal is not False else (core.mask,) if core.mask is not None else ()
     with graph.inserting_before(core.node):
-        given = {**dict(zip(("query", "key", "value"), core.node.args, strict=False)), **core.node.kwargs}
-        tiled = graph.call_module(name, (given["query"], given["key"], given["value"]), core.options)
+        tiled = graph.call_module(name, (core.query, core.key, core.value, *masks), core.options)
     core.node.replace_all_uses_with(tiled)
     graph.erase_node(core.node)
     graph.lint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from sloth_fx.capture.skeleton import quiet
 from sloth_fx.passes.core import Attend
 
 
-def refusal_at_other_sizes(
-    attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
-) -> str | None:
-    """Why ``attend`` does not serve another batch and other numbers of tokens, if so. All tensors are fake."""
-    options = fx.node.map_aggregate(options, lambda each: each.meta["hint"] if isinstance(each, fx.Node) else each)  # type: ignore[assignment]
+def refusal_at_other_sizes(attend: Attend, tensors: Sequence[torch.Tensor], options: Mapping[str, Any]) -> str | None:
+    """Why ``attend`` does not serve another batch and other numbers of tokens, if so. ``tensors``
+    are its query, key and value, and fake."""
+    query, key, value = tensors
+    values: Any = fx.node.map_aggregate(options, lambda each: each.meta["hint"] if isinstance(each, fx.Node) else each)
     batch = query.shape[0]
 
     def like(tensor: torch.Tensor, more: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def refusal_at_other_sizes(
         with quiet(), mode, torch.no_grad():
             for masked in (False, True):
                 mask = others[0].new_ones((query.shape[-2] + 3, key.shape[-2] + 5), dtype=torch.bool)
-                shape = tuple(attend(*others, *((mask,) if masked else ()), **options).shape)
+                shape = tuple(attend(*others, *((mask,) if masked else ()), **values).shape)
                 if shape != expected:
                     return f"at another size it gives {shape}, not {expected}"
     except Exception as error:  # whatever the host's own code raises

@@ -57,20 +57,20 @@ def _permutation(node: fx.Node) -> list[int] | None:
     """For each dimension of ``node`` the dimension of its source, where it is a transpose."""
     hint = node.meta.get("hint")
     rank = hint.ndim if isinstance(hint, torch.Tensor) else 0
-    dims: Any = list(range(rank))
+    dims = list(range(rank))
     if node.target is getattr and node.args[1:] == ("mT",):
         return [*dims[:-2], dims[-1], dims[-2]]
-    moved = node.args[1:]
+    moved: Any = node.args[1:]
     if len(moved) == 1 and isinstance(moved[0], (list, tuple)):
         moved = tuple(moved[0])
     if not moved or not all(type(dim) is int for dim in moved):
         return None
     if node.target in _TRANSPOSE and len(moved) == 2:
-        one, two = (dim % rank for dim in moved)  # type: ignore[operator]
+        one, two = (dim % rank for dim in moved)
         dims[one], dims[two] = two, one
-        return dims  # type: ignore[no-any-return]
+        return dims
     if node.target in _PERMUTE and len(moved) == rank:
-        return [dim % rank for dim in moved]  # type: ignore[operator]
+        return [dim % rank for dim in moved]
     return None
 
 
@@ -78,7 +78,8 @@ def call(graph: fx.Graph, method: str, node: fx.Node, *args: Any) -> fx.Node:
     """A method call as a node, with its hint where ``node`` has one."""
     new = graph.call_method(method, (node, *args))
     if "hint" in node.meta:
-        new.meta["hint"] = getattr(node.meta["hint"], method)(*args)
+        values = fx.node.map_aggregate(args, lambda each: each.meta["hint"] if isinstance(each, fx.Node) else each)
+        new.meta["hint"] = getattr(node.meta["hint"], method)(*values)
     return new
 
 

@@ -155,7 +155,7 @@ def reduced(module, layout=HALVED, pooling=None, hoist=True):
     result = graph_of(module)
     canonicalise(result.graph)
     (core,) = attention_cores(result.graph)
-    place = reduce_kv(result.graph, core, "reduce", result.owner, hoist=hoist)
+    _, place = reduce_kv(result.graph, core, "reduce", result.owner, level=0 if hoist else 2)
     module.add_module("reduce", KeyValueReduction("reduce", pooling or Pooling(), layout))
     return result.graph, place, generate(result.graph, "test")
 
@@ -188,10 +188,11 @@ def test_reduction_goes_above_both_projections(kind):
     assert torch.allclose(function(module, x), expected, atol=1e-6)
 
 
-def test_average_at_the_core_is_the_average_above_it():
+@pytest.mark.parametrize(("hoist", "where"), [(True, "below the projection"), (False, "at the attention's keys")])
+def test_average_at_the_core_is_the_average_above_it(hoist, where):
     module, x = Fused(), tokens()
-    _, place, function = reduced(module, pooling=Pooling("avg", 1.0, 1.0))
-    assert place == "at the attention's keys and values"
+    _, place, function = reduced(module, pooling=Pooling("avg", 1.0, 1.0), hoist=hoist)
+    assert place.startswith(where)
     pooled = F.avg_pool2d(x.transpose(1, 2).unflatten(2, GRID), 2, ceil_mode=True, count_include_pad=False)
     q = module.to_qkv(x).chunk(3, dim=-1)[0]
     k, v = module.to_qkv(pooled.flatten(2).transpose(1, 2)).chunk(3, dim=-1)[1:]

@@ -93,14 +93,15 @@ def resized(expected: Expected, before: tuple[int, int], after: tuple[int, int])
 
 def _resized(grid: Grid, before: tuple[int, int], after: tuple[int, int]) -> Grid:
     frames, rows, columns = grid
-    if rows == 1:  # a sequence, as long as the grid has tokens
-        return 1, 1, _level(columns, math.prod(before), math.prod(after))
+    if rows == 1:  # a sequence, as long as the grid has tokens, or shorter by one
+        shorter = math.prod(before) - columns == 1
+        return 1, 1, _level(columns + shorter, math.prod(before), math.prod(after)) - shorter
     return frames, _level(rows, before[0], after[0]), _level(columns, before[1], after[1])
 
 
 def _level(size: int, before: int, after: int) -> int:
-    levels = {4 * before: 4 * after, 2 * before: 2 * after, before: after, before - 1: after - 1}
-    return {math.ceil(before / 2): math.ceil(after / 2), **levels}.get(size, size)
+    scales = (4.0, 2.0, 1.0, 0.5)
+    return {math.ceil(before * scale): math.ceil(after * scale) for scale in scales}.get(size, size)
 
 
 def _image(site: Site) -> slice:

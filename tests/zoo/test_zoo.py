@@ -16,6 +16,9 @@ from tests.zoo.recipe import Inputs
 from tests.zoo.reference import REDUCE, TILE, Reduced, Tiled, resized
 from tests.zoo.registry import MODELS, run, shared
 
+# Of diffusers, about itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+
 every_model = pytest.mark.parametrize("name", MODELS)
 REDUCIBLE = [
     name
