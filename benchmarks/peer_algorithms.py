@@ -54,7 +54,7 @@ class ToDo:
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image = tokens.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        small = F.interpolate(image, size=[-(-edge // self.factor) for edge in self.grid], mode="nearest")
+        small = F.interpolate(image, size=[edge // self.factor for edge in self.grid], mode="nearest")
         keys = small.flatten(2).transpose(1, 2)
         return tokens, keys, keys
 
@@ -171,7 +171,8 @@ def naive(model: Any, sites: Sequence[SiteReport], node: Node) -> nn.Module:
     for site in sites:
         name = f"{site.path}.processor"
         processors[name] = processor = Naive(node, name)
-        processor.stage = site.stage  # only UNets tell it by their names
+        # Only UNets tell the stage by their names; Near-sighted Attention does not spare the middle block.
+        processor.stage = "in" if site.stage == "middle" and node.tile is not None else site.stage
         if is_joint(model.get_submodule(site.path)):
             if node.tile is not None:
                 raise NotApplicableError("naive.py has no tiles joined with text")
@@ -182,11 +183,11 @@ def naive(model: Any, sites: Sequence[SiteReport], node: Node) -> nn.Module:
 
 def tomesd_merged(model: nn.Module, sites: Sequence[SiteReport], latent: tuple[int, int], mode: str) -> nn.Module:
     """tomesd's own patch, with its defaults, on the shallowest level; ``model`` is changed."""
-    import tomesd
-
-    downsample = min(round(math.prod(latent) ** 0.5 / math.prod(grid_of(site, latent)) ** 0.5) for site in sites)
     if type(model).__name__ != "UNet2DConditionModel":
         raise NotApplicableError("tomesd's block is that of UNets")
     if mode == "compiled blocks":
         raise NotApplicableError("tomesd renames the blocks, so compile_repeated_blocks does not find them")
+    import tomesd
+
+    downsample = min(round(math.prod(latent) ** 0.5 / math.prod(grid_of(site, latent)) ** 0.5) for site in sites)
     return tomesd.apply_patch(model, ratio=0.5, max_downsample=downsample)

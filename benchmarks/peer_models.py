@@ -34,18 +34,17 @@ SD3_TEXT = 2 * TEXT_TOKENS
 MODELS = (*CONFIGS, *TRANSFORMERS)
 
 
-def denoiser(name: str, size: int, options: argparse.Namespace, device: torch.device | str | None = None) -> nn.Module:
+def denoiser(name: str, size: int, options: argparse.Namespace) -> nn.Module:
     """A model with random weights, for square pictures of ``size`` pixels. ``--layers`` cuts transformers short."""
-    device = options.device if device is None else device
     if name in CONFIGS:
-        return unet(name, device=device, dtype=options.dtype, tiny=options.tiny)
+        return unet(name, device=options.device, dtype=options.dtype, tiny=options.tiny)
     import diffusers
 
     kind = {"pixart": diffusers.PixArtTransformer2DModel, "sd3": diffusers.SD3Transformer2DModel}[name]
     config = {**TRANSFORMERS[name], **(_TINY[name] if options.tiny else {}), "sample_size": size // 8}
     if options.layers:
         config["num_layers"] = min(options.layers, config["num_layers"])
-    with torch.device(device):
+    with torch.device(options.device):
         model = kind(**config)
     return nn.Module.to(model, options.dtype).eval().requires_grad_(False)
 

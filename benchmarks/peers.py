@@ -14,23 +14,35 @@ Sides, all over the same weights and in one interleaved run:
     limit       self-attention over one key (and text, where it is joint): no reduction of keys can save more
 
 All that counts levels acts on the shallowest attention level. "key tokens" is how many keys a query sees there, "pairs"
-the share of the pairs of query and key that is left in all self-attentions. "peak MB" is what one call needs besides
-weights and inputs: on a CPU measured in a process of its own, eager only. "pays" holds where both the 20th and the 80th
-percentile of the ratio agree.
+the share of the pairs of query and key that is left in all self-attentions. "peak MB" is what torch's allocator has
+given out at most during a call, besides weights and inputs. "difference" is that from the result of the same operator
+by sloth_fx; merging is seeded differently. "pays" says yes or no only where the 20th and the 80th percentile of the
+ratio agree. Sides that a model has no place for are listed apart, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import FEWEST_RUNS, Spread, Table, in_mode, interleave, modes, parse, parser, publish, sharing_copy, warmups
+from common import (
+    FEWEST_RUNS,
+    Spread,
+    Table,
+    difference,
+    in_mode,
+    interleave,
+    modes,
+    parse,
+    parser,
+    publish,
+    sharing_copy,
+    warmups,
+)
 from naive import Node
 from peer_algorithms import (
     NotApplicableError,
@@ -42,7 +54,7 @@ from peer_algorithms import (
     tomesd_merged,
     with_algorithm,
 )
-from peer_measures import Keys, count_keys, peak_in_child, peak_of_process, peak_on_gpu
+from peer_measures import Keys, count_keys, peak_memory
 from peer_models import MODELS, arguments_for, call, denoiser
 from torch import nn
 
@@ -151,9 +163,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--models", nargs="+", choices=MODELS, help="sd15 and pixart on a CPU, else all")
     options.add_argument("--operators", nargs="+", choices=tuple(OPERATORS), default=tuple(OPERATORS), metavar="NAME")
     options.add_argument("--layers", type=int, metavar="N", help="of transformers; 4 on a CPU, else (0) all")
-    options.add_argument("--no-memory", action="store_true", help="leave the peak of memory out, which takes a while")
     options.add_argument("--quick", action="store_true", help="tiny models, one size, few runs: whether it all works")
-    options.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     parsed = parse(
         options,
         cpu={"models": ["sd15", "pixart"], "sizes": [512, 768], "layers": 4},
@@ -162,31 +172,6 @@ def arguments() -> argparse.Namespace:
     if parsed.quick:
         parsed.tiny, parsed.runs, parsed.sizes, parsed.layers = True, FEWEST_RUNS, parsed.sizes[:1], 2
     return parsed
-
-
-def child(options: argparse.Namespace) -> None:
-    """Print the peak of one call. Weights that nobody wrote take no memory, and their values do not matter."""
-    name, size, operator, by = options.child
-    model = denoiser(name, int(size), options, "meta").to_empty(device=options.device)
-    case = Case(name, int(size), model, arguments_for(name, model, int(size), options))
-    small = arguments_for(name, model, 64, options)
-    call(model, small)  # what the first call of all loads is nobody's
-    side = case.side(operator, by, "eager")
-    print(json.dumps(peak_of_process(partial(call, side, case.example))))
-
-
-def peak(options: argparse.Namespace, case: Case, key: tuple[str, str], run: Callable[[], Any], mode: str) -> str:
-    if options.no_memory:
-        return ""
-    if options.device.type == "cuda":
-        found: float | None = peak_on_gpu(run, options.device)
-    elif mode == "eager":
-        same = ["--device", "cpu", "--dtype", str(options.dtype).removeprefix("torch."), "--batch", str(options.batch)]
-        same += ["--layers", str(options.layers), *(["--tiny"] if options.tiny else [])]
-        found = peak_in_child(str(Path(__file__)), *same, "--child", case.name, str(case.size), *key)
-    else:
-        found = None
-    return "" if found is None else f"{found / 1e6:.0f}"
 
 
 def verdict(ratio: Spread, pairs: float) -> str:
@@ -199,7 +184,7 @@ def verdict(ratio: Spread, pairs: float) -> str:
     return "no measurable difference"
 
 
-def measure(case: Case, mode: str, options: argparse.Namespace, table: Table) -> None:
+def measure(case: Case, mode: str, options: argparse.Namespace, table: Table, absent: Table) -> None:
     torch.compiler.reset()
     models, missing = case.sides(options.operators, mode)
     counts: dict[tuple[str, str], Keys] = {}
@@ -207,43 +192,46 @@ def measure(case: Case, mode: str, options: argparse.Namespace, table: Table) ->
         counts[key] = count_keys(model, partial(call, model, case.example), case.sites, options.batch)
     runs = {key: partial(call, in_mode(model, mode), case.example) for key, model in models.items()}
     timing = interleave(
-        {" by ".join(key): run for key, run in runs.items()},
+        {name(key): run for key, run in runs.items()},
         options,
         warmup=warmups(options, mode),
         what=f"peers, {case.name}, {case.size} pixels, {mode}",
     )
-    base = " by ".join(("", UNPATCHED))
-    whole = counts["", UNPATCHED]
-    for key, run in runs.items():
-        name = " by ".join(key)
-        ratio, pairs = timing.ratio(name, base), counts[key].pairs / max(whole.pairs, 1)
-        other = name != base
+    unpatched = ("", UNPATCHED)
+    for key in [unpatched, *((operator, by) for operator in options.operators for by in OPERATORS[operator])]:
+        cells = [case.name, str(case.size), mode, *key]
+        if key in missing:
+            absent.add(*cells, missing[key])
+            continue
+        pairs = counts[key].pairs / counts[unpatched].pairs
+        ratio = timing.ratio(name(key), name(unpatched))
+        other, ours = key != unpatched, (key[0], "sloth_fx")
         table.add(
-            *(case.name, str(case.size), mode, *key, f"{counts[key].keys:.0f}", f"{100 * pairs:.0f} %"),
-            *(timing.ms(name), f"{ratio:.3f}" if other else "", peak(options, case, key, run, mode)),
+            *(*cells, f"{counts[key].keys:.0f}", f"{100 * pairs:.0f} %", timing.ms(name(key))),
+            *(f"{ratio:.3f}" if other else "", f"{peak_memory(runs[key], options.device) / 1e6:.0f}"),
+            difference(timing.results[name(key)], timing.results[name(ours)]) if ours in runs and ours != key else "",
             *(verdict(ratio, pairs) if other else "", str(timing.runs)),
         )
-    for key, reason in missing.items():
-        table.add(case.name, str(case.size), mode, *key, "", "", "", "", "", f"not there: {reason}", "")
+
+
+def name(key: tuple[str, str]) -> str:
+    return " by ".join(key)
 
 
 def main() -> None:
     options = arguments()
-    if options.child:
-        child(options)
-        return
     table = Table(
         *("model", "pixels", "mode", "operator", "by", "key tokens", "pairs", "ms (p20 to p80)"),
-        *("times unpatched", "peak MB", "pays", "runs"),
+        *("times unpatched", "peak MB", "difference", "pays", "runs"),
     )
-    for name in options.models:
+    absent = Table("model", "pixels", "mode", "operator", "by", "not there, because")
+    for each in options.models:
         for size in options.sizes:
-            model = denoiser(name, size, options)
-            call(model, arguments_for(name, model, 64, options))  # the first call of all takes longer than any other
-            case = Case(name, size, model, arguments_for(name, model, size, options))
+            model = denoiser(each, size, options)
+            case = Case(each, size, model, arguments_for(each, model, size, options))
             for mode in modes(options):
-                measure(case, mode, options, table)
-    publish(options, "peers", table)
+                measure(case, mode, options, table, absent)
+    publish(options, "peers", table, *([absent] if len(absent.rows) > 1 else []))
 
 
 if __name__ == "__main__":

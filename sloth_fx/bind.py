@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,26 @@ def _alias(tensor: Tensor) -> Tensor:
     return alias
 
 
+class TokenTest(NamedTuple):
+    """Whether tensor number ``index`` of a call has as many elements along ``axis`` as the grid of an operator."""
+
+    index: int
+    axis: int
+    operator: str
+
+    def holds(self, owner: nn.Module, tensors: list[Tensor]) -> bool:
+        layout = owner._modules[self.operator].layout  # type: ignore[union-attr]
+        tokens: int = layout.tokens  # type: ignore[union-attr,assignment]
+        return tensors[self.index].shape[self.axis] == tokens
+
+
 @dataclass(frozen=True)
 class Variant:
     """One generated function and the calls it serves.
 
     ``sizes``, ``types`` and ``training`` are ``None`` where the capture follows what arrives, else what it was made
-    for.
+    for. ``tokens`` tells its calls from others of the same form, for which there is nothing to do. While the operators
+    named in ``neutral_is_original`` do nothing, the host's own forward runs: the function is not the same to the bit.
     """
 
     pattern: tuple[Any, ...]
@@ -50,13 +64,22 @@ class Variant:
     sizes: list[torch.Size] | None = None
     types: list[tuple[torch.dtype, torch.device]] | None = None
     training: bool | None = None
+    tokens: TokenTest | None = None
+    neutral_is_original: tuple[str, ...] = ()
 
     def serves(self, owner: nn.Module, pattern: tuple[Any, ...], tensors: list[Tensor]) -> bool:
         if self.pattern != pattern or self.training not in (None, owner.training):
             return False
+        if self.tokens is not None and not self.tokens.holds(owner, tensors):
+            return False
         if self.sizes is not None and self.sizes != [tensor.shape for tensor in tensors]:
             return False
         return self.types is None or self.types == [(tensor.dtype, tensor.device) for tensor in tensors]
+
+    def idle(self, owner: nn.Module) -> bool:
+        """Whether the host's own forward does the same, and to the bit."""
+        names = self.neutral_is_original
+        return bool(names) and all(owner._modules[name].layout.neutral for name in names)  # type: ignore[union-attr]
 
 
 @dataclass(eq=False)
@@ -69,7 +92,7 @@ class Variants:
 
     known: list[Variant]
     held: tuple[tuple[str, type], ...]
-    recapture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Variant]
+    recapture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Variant | None]
 
     def check(self, owner: nn.Module) -> None:
         for name, kind in self.held:
@@ -80,6 +103,11 @@ class Variants:
                     f"is a {now.__name__} now: change the original, and transform it again"
                 )
 
+    def others(self, owner: nn.Module, tensors: list[Tensor]) -> bool:
+        """Whether a call is one of those that the host makes for other tokens, and that stay as they were."""
+        tests = [variant.tokens for variant in self.known]
+        return all(test is not None and not test.holds(owner, tensors) for test in tests)
+
     def add(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture a call that no variant serves, and remember it."""
         if torch.compiler.is_compiling():
@@ -87,8 +115,10 @@ class Variants:
                 f"{type(owner).__name__} is called in a way that its capture does not cover; run the patched model "
                 "once with these arguments before compiling it"
             )
-        self.known.append(self.recapture(owner, args, kwargs))
-        return self.known[-1]
+        variant = self.recapture(owner, args, kwargs)
+        assert variant is not None  # or it would be one of the others
+        self.known.append(variant)
+        return variant
 
 
 def make_forward(variants: Variants) -> Callable[..., Any]:
@@ -99,15 +129,25 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
         pattern, tensors = read_call(args, kwargs)
         for variant in variants.known:
             if variant.serves(self, pattern, tensors):
+                if variant.idle(self):
+                    return original(self, *args, **kwargs)
                 return variant.function(self, *tensors)
+        if variants.others(self, tensors):
+            return original(self, *args, **kwargs)
         return variants.add(self, args, kwargs).function(self, *tensors)
 
     return forward
 
 
-def bind(owner: nn.Module, forward: Callable[..., Any], operators: Iterable[Mapping[str, nn.Module]]) -> None:
+def original(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward that ``owner`` had before :func:`bind`."""
+    forward = owner.__dict__.get(_ORIGINAL)
+    return forward(*args, **kwargs) if forward is not None else type(owner).forward(owner, *args, **kwargs)
+
+
+def bind(owner: nn.Module, forward: Callable[..., Any], operators: Mapping[str, nn.Module]) -> None:
     """Give ``owner`` the generated forward and its operators (parameter-free children, so ``state_dict`` stays)."""
-    for name, operator in (item for each in operators for item in each.items()):
+    for name, operator in operators.items():
         owner.add_module(name, operator)
     slot = "_old_forward" if "_hf_hook" in owner.__dict__ else "forward"  # accelerate's hook wraps what lies there
     owner.__dict__[_ORIGINAL] = owner.__dict__.get(slot)

@@ -8,48 +8,45 @@ from typing import Any
 
 from torch import nn
 
-from sloth_fx.bind import Variant, Variants, held_objects, make_forward, unbound
+from sloth_fx.bind import TokenTest, Variant, Variants, held_objects, make_forward, unbound
 from sloth_fx.capture import Skeleton, capture
 from sloth_fx.capture.call import read_call
 from sloth_fx.capture.capture import Call
+from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.reduce_kv import KeyValueReduction
 from sloth_fx.passes.tile_queries import TiledAttention
 from sloth_fx.plan import SitePlan
-from sloth_fx.rewrite import Rewritten, reduce_name, rewrite, tile_name
+from sloth_fx.rewrite import Rewritten, operator_name, rewrite
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
+Operator = KeyValueReduction | TiledAttention
+
+
+@dataclass(frozen=True)
+class PlannedVisit:
+    """One way in which an owner is called, and what is to be done at its cores.
+
+    ``number`` tells the visits of an owner apart; ``served`` are the numbers of the attention calls that it stands
+    for, by core.
+    """
+
+    number: int
+    call: Call
+    resized: Call | None
+    attentions: int
+    plans: dict[int, SitePlan]
+    served: dict[int, list[int]]
+    tokens: TokenTest | None
 
 
 @dataclass(frozen=True)
 class RewrittenOwner:
     """What :func:`sloth_fx.bind.bind` gives an owner, but for the operator modules, which each site has for itself."""
 
-    rewritten: Rewritten
+    rewritten: list[Rewritten]
     forward: Callable[..., Any]
-
-    def operators(self, plan: SitePlan) -> dict[str, KeyValueReduction | TiledAttention]:
-        """The operator modules of one site, by the names under which the rewritten graph calls them."""
-        call, grid = plan.site.call, plan.site.grid
-        assert grid is not None
-        neutral = KeyLayout((grid[-2], grid[-1]), frames=grid[0] if len(grid) > 2 else 1)
-        operators: dict[str, KeyValueReduction | TiledAttention] = {}
-        if plan.reducing is not None:
-            operators[reduce_name(call)] = KeyValueReduction(plan.site.name, plan.pooling, neutral, plan.site.key_place)
-        if plan.tiling is not None:
-            operators[tile_name(call)] = TiledAttention(
-                plan.site.name,
-                self.rewritten.attend[call],
-                neutral,
-                folded_heads=self.rewritten.folded_heads[call],
-                concat_local=plan.tiling.concat_local,
-                concat_global=plan.tiling.concat_global,
-                query_place=plan.site.query_place,
-                key_place=plan.site.key_place,
-                border=plan.pooling.border,
-            )
-        return operators
 
 
 @dataclass
@@ -59,45 +56,143 @@ class OwnerRewriter:
     found: Survey
     _shared: dict[Hashable, RewrittenOwner] = field(default_factory=dict)
 
-    def rewrite(self, path: str, plans: Plans) -> RewrittenOwner:
+    def rewrite(self, path: str, plans: Plans) -> tuple[RewrittenOwner, list[PlannedVisit]]:
         """The owner at ``path``, rewritten. Raises :class:`SlothError` when it cannot be captured or rewritten."""
         owner = self.found.skeleton.model.get_submodule(path)
-        structure = self.found.structure[path]
-        key = structure, tuple((call, plan.reducing is None, plan.tiling is None) for call, plan in plans.items())
+        visits = self._planned(path, plans)
+        key = (
+            self.found.structure[path],
+            tuple((v.number, v.tokens, *((core, *_deeds(plan)) for core, plan in v.plans.items())) for v in visits),
+        )
         if key not in self._shared:
-            calls = sum(site.path == path for site in self.found.sites)
-            call, resized = self.found.calls[path], self.found.resized.get(structure)
-            rewritten, variant = _variant(self.found.skeleton, owner, call, resized, plans, calls)
-            variants = Variants([variant], held_objects(owner), _Recapture(plans, calls))
-            self._shared[key] = RewrittenOwner(rewritten, make_forward(variants))
-        return self._shared[key]
+            done = [_variant(self.found.skeleton, owner, visit) for visit in visits]
+            variants = Variants([variant for _, variant in done], held_objects(owner), _Recapture(visits))
+            self._shared[key] = RewrittenOwner([rewritten for rewritten, _ in done], make_forward(variants))
+        return self._shared[key], visits
+
+    def _planned(self, path: str, plans: Plans) -> list[PlannedVisit]:
+        """The visits of an owner for which something is planned, those alike taken together."""
+        found: list[PlannedVisit] = []
+        others: list[Call] = []
+        first = 0
+        resized = self.found.resized.get(self.found.structure[path], [])
+        for index, visit in enumerate(self.found.visits[path]):
+            here = {plan.site.core: plan for call, plan in plans.items() if first <= call < first + visit.attentions}
+            served = {core: [first + core] for core in here}
+            first += visit.attentions
+            alike = next((each for each in found if _alike(each, visit.call, here)), None)
+            if not here:
+                others.append(visit.call)
+            elif alike is not None:
+                for core, calls in served.items():
+                    alike.served[core] += calls
+            else:
+                again = resized[index].call if index < len(resized) else None
+                found.append(PlannedVisit(len(found), visit.call, again, visit.attentions, here, served, None))
+        return [_told_apart(visit, [v.call for v in found if v is not visit] + others) for visit in found]
+
+
+def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str, Operator]:
+    """The operator modules of one site, by the names under which the rewritten graph calls them."""
+    site, grid = plan.site, plan.site.grid
+    assert grid is not None
+    neutral = KeyLayout((grid[-2], grid[-1]), frames=grid[0] if len(grid) > 2 else 1)
+    operators: dict[str, Operator] = {}
+    if plan.reduces:
+        name = operator_name("reduce", site.core, visit)
+        operators[name] = KeyValueReduction(site.name, plan.pooling, neutral, site.key_place)
+    if plan.tiling is not None:
+        operators[operator_name("tile", site.core, visit)] = TiledAttention(
+            site.name,
+            rewritten.attend[site.core],
+            neutral,
+            folded_heads=rewritten.folded_heads[site.core],
+            concat_local=getattr(plan.tiling, "concat_local", False),
+            concat_global=getattr(plan.tiling, "concat_global", False),
+            query_place=site.query_place,
+            key_place=site.key_place,
+            border=plan.pooling.border,
+        )
+    return operators
+
+
+def _deeds(plan: SitePlan) -> tuple[Any, ...]:
+    """What of a plan is part of the graph."""
+    return plan.reduces, plan.tiling is not None, plan.merging is not None and plan.merged_tokens
+
+
+def _alike(visit: PlannedVisit, call: Call, plans: dict[int, SitePlan]) -> bool:
+    """Whether a call is one more of ``visit``: the same pattern and the same work on grids of the same size."""
+    if _form(visit.call) != _form(call) or visit.plans.keys() != plans.keys():
+        return False
+    return all(
+        plan.specs == other.specs
+        and (plan.site.grid, plan.site.divisors) == (other.site.grid, other.site.divisors)
+        and (plan.site.query_place, plan.site.key_place) == (other.site.query_place, other.site.key_place)
+        for plan, other in zip(visit.plans.values(), plans.values(), strict=True)
+    )
+
+
+def _form(call: Call) -> tuple[Any, ...]:
+    pattern, tensors = read_call(*call)
+    return pattern, tuple(tensor.ndim for tensor in tensors)
+
+
+def _told_apart(visit: PlannedVisit, others: list[Call]) -> PlannedVisit:
+    """``visit`` with the test by which its calls are known, where the owner is called in other ways as well."""
+    same = [read_call(*call)[1] for call in others if _form(call) == _form(visit.call)]
+    if not same:
+        return visit
+    tensors = read_call(*visit.call)[1]
+    for core, plan in visit.plans.items():
+        tokens = plan.site.q_tokens
+        for index, tensor in enumerate(tensors):
+            for axis, size in enumerate(tensor.shape):
+                if size == tokens and axis > 0 and all(other[index].shape[axis] != size for other in same):
+                    deed = "reduce" if plan.reduces else "tile" if plan.tiling is not None else "merge"
+                    test = TokenTest(index, axis, operator_name(deed, core, visit.number))
+                    return PlannedVisit(**{**vars(visit), "tokens": test})
+    site = next(iter(visit.plans.values())).site
+    raise SlothError(
+        f"{site.name}: {site.owner} is called several times in one run of the model, with tokens that mean different "
+        f"things, and {site.q_tokens} tokens do not tell these calls apart; give example_inputs of another size"
+    )
 
 
 @dataclass(frozen=True)
 class _Recapture:
     """Captures an owner again, on its own, for a call that no capture of it covers."""
 
-    plans: Plans
-    calls: int
+    visits: list[PlannedVisit]
 
-    def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+    def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | None:
         tensors = read_call(args, kwargs)[1]
+        visit = next((v for v in self.visits if v.tokens is None or v.tokens.holds(owner, tensors)), None)
+        if visit is None:
+            return None
         skeleton = Skeleton(owner, tensors[0].device if tensors else None)
         call = skeleton.fake_inputs((args, kwargs))
-        return _variant(skeleton, unbound(skeleton.model), call, None, self.plans, self.calls)[1]
+        again = PlannedVisit(**{**vars(visit), "call": call, "resized": None})
+        return _variant(skeleton, unbound(skeleton.model), again)[1]
 
 
-def _variant(
-    skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None, plans: Plans, calls: int
-) -> tuple[Rewritten, Variant]:
-    captured = capture(skeleton, owner, call, other)
-    rewritten = rewrite(captured, skeleton, plans, calls)
-    _, tensors = read_call(*call)
+def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple[Rewritten, Variant]:
+    captured = capture(skeleton, owner, visit.call, visit.resized)
+    rewritten = rewrite(captured, skeleton, visit.plans, visit.attentions, visit.number)
+    _, tensors = read_call(*visit.call)
+    operators = [
+        operator_name(deed, core, visit.number)
+        for core, plan in visit.plans.items()
+        for deed, there in (("reduce", plan.reduces), ("tile", plan.tiling), ("merge", plan.merging))
+        if there
+    ]
     variant = Variant(
         captured.pattern,
         rewritten.function,
         sizes=None if captured.any_size else [tensor.shape for tensor in tensors],
         types=None if captured.any_type else [(tensor.dtype, tensor.device) for tensor in tensors],
         training=None if captured.any_mode else owner.training,
+        tokens=visit.tokens,
+        neutral_is_original=tuple(operators) if captured.inexact else (),
     )
     return rewritten, variant

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import linecache
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from sloth_fx.capture import Capture
+from sloth_fx.capture.generate import generate
 from sloth_fx.capture.recorder import evaluate
 from sloth_fx.capture.skeleton import Skeleton, quiet
 from sloth_fx.errors import SlothError
@@ -24,15 +23,14 @@ from sloth_fx.passes.simplify import simplify
 from sloth_fx.passes.tile_queries import tile_queries
 from sloth_fx.plan import SitePlan
 
-_numbers = itertools.count()
-
 
 @dataclass(frozen=True)
 class Rewritten:
     """A rewritten owner: ``function(self, *tensors)`` and the graph it was generated from.
 
-    Per attention call: ``done`` says what was inserted and where, ``attend`` is the host's attention, and
-    ``folded_heads`` how many heads it folds into the batch (``None``: they have a dimension of their own).
+    Per core: ``done`` says what was inserted and where, ``attend`` is the host's attention, and ``folded_heads`` how
+    many heads it folds into the batch (``None``: they have a dimension of their own). ``inexact`` tells that the
+    function does the same as the owner's forward, but not to the last bit.
     """
 
     graph: fx.Graph
@@ -40,18 +38,18 @@ class Rewritten:
     done: dict[int, str]
     attend: dict[int, Attend]
     folded_heads: dict[int, int | None]
+    inexact: bool
 
 
-def reduce_name(call: int) -> str:
-    return f"sloth_reduce_{call}"
+def operator_name(deed: str, core: int, visit: int) -> str:
+    """The name, as a child of its owner, of the operator that does ``deed`` at a core of an owner's visit."""
+    return f"sloth_{deed}_{core}" + (f"_visit_{visit}" if visit else "")
 
 
-def tile_name(call: int) -> str:
-    return f"sloth_tile_{call}"
-
-
-def rewrite(capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan], calls: int) -> Rewritten:
-    """Apply ``plans`` (by number of the attention call) to the graph of ``capture``, whose owner has ``calls`` calls.
+def rewrite(
+    capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan], attentions: int, visit: int = 0
+) -> Rewritten:
+    """Apply ``plans`` (by number of the core) to the graph of ``capture``, whose owner computes ``attentions``.
 
     Raises :class:`SlothError` where the graph has no such attention, or one that the operators do not fit.
     """
@@ -60,40 +58,41 @@ def rewrite(capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan],
     for level in range(LEVELS):
         graph = copy.deepcopy(capture.graph)
         cores = attention_cores(graph)
-        if len(cores) != calls:
+        if len(cores) != attentions:
             raise SlothError(
-                f"{type(capture.owner).__name__} computes attention {calls} times, and in its graph {len(cores)} are "
-                "recognised"
+                f"{type(capture.owner).__name__} computes attention {attentions} times, and in its graph {len(cores)} "
+                "are recognised"
             )
-        done = {call: _apply(plan, cores[call], graph, capture.owner, level) for call, plan in plans.items()}
+        done = {core: _apply(plan, cores[core], graph, capture.owner, level, visit) for core, plan in plans.items()}
         if level == LEVELS - 1 or _shapes_fit(graph, capture.owner, skeleton):
             break
     return Rewritten(
         graph=graph,
         function=generate(graph, type(capture.owner).__name__),
         done=done,
-        attend={call: cores[call].attend for call in plans},
+        attend={core: cores[core].attend for core in plans},
         folded_heads={
-            call: plan.site.heads if cores[call].query.meta["hint"].ndim == 3 else None for call, plan in plans.items()
+            core: plan.site.heads if cores[core].query.meta["hint"].ndim == 3 else None for core, plan in plans.items()
         },
+        inexact=capture.inexact,
     )
 
 
-def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Module, level: int) -> str:
+def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Module, level: int, visit: int) -> str:
     """Run the passes that one plan asks for on one core."""
     site = plan.site
-    if core.masked:
-        raise SlothError(f"{site.name}: its attention is masked or causal, which reducing and tiling do not support")
+    if core.refusal is not None:
+        raise SlothError(f"{site.name}: {core.refusal}")
     done = []
-    if plan.reducing is not None:
-        name, keys = reduce_name(site.call), core.key.meta["hint"].shape[-2]
+    if plan.reduces:
+        name, keys = operator_name("reduce", site.core, visit), core.key.meta["hint"].shape[-2]
         tokens = keys if site.key_place.alone or site.grid is None else math.prod(site.grid)
         trial = KeyLayout((1, tokens), window=(1, 2))  # does the owner follow fewer keys?
         owner.add_module(name, KeyValueReduction(site.name, plan.pooling, trial, site.key_place))
         core, place = reduce_kv(graph, core, name, owner, image_tokens=tokens, level=level)
         done.append(f"keys and values reduced {place}")
     if plan.tiling is not None:
-        done.append(f"queries tiled {tile_queries(graph, core, tile_name(site.call))}")
+        done.append(f"queries tiled {tile_queries(graph, core, operator_name('tile', site.core, visit))}")
     return ", ".join(done)
 
 
@@ -109,14 +108,3 @@ def _shapes_fit(graph: fx.Graph, owner: nn.Module, skeleton: Skeleton) -> bool:
     except (RuntimeError, ValueError, TypeError):
         return False
     return True
-
-
-def generate(graph: fx.Graph, name: str) -> Callable[..., Any]:
-    """The Python function ``forward(self, *tensors)`` of a graph; tracebacks and debuggers show its source."""
-    code = graph.python_code("self")
-    filename = f"<sloth_fx {name} {next(_numbers)}>"
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)  # the graph's own code, not a caller's
-    function: Callable[..., Any] = namespace["forward"]
-    return function

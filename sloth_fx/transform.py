@@ -14,7 +14,7 @@ from sloth_fx.context import TimestepContext
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import as_call, survey
 from sloth_fx.model_adapters import adapter_for
-from sloth_fx.owners import OwnerRewriter, RewrittenOwner
+from sloth_fx.owners import OwnerRewriter, PlannedVisit, RewrittenOwner, make_operators
 from sloth_fx.patch import Patch, is_patched
 from sloth_fx.plan import clocks
 from sloth_fx.planner import make_plan
@@ -85,12 +85,11 @@ class _Request:
             raise SlothError("phases= needs one clock, and these specs follow both progress and sigma: use phases=None")
 
         rewriter = OwnerRewriter(found)
-        rewritten: dict[str, RewrittenOwner] = {}
+        done: dict[str, tuple[RewrittenOwner, list[PlannedVisit]]] = {}
         notes = dict(plan.notes)
         for path, plans in plan.by_owner().items():
             try:
-                rewritten[path] = rewriter.rewrite(path, plans)
-                notes.update({plans[n].site.name: done for n, done in rewritten[path].rewritten.done.items()})
+                done[path] = rewriter.rewrite(path, plans)
             except SlothError as error:
                 if self.strict:
                     raise SlothError(f"{path}: {error}") from error
@@ -101,14 +100,20 @@ class _Request:
 
         # From here on nothing can fail.
         acting: dict[str, tuple[str, ...]] = {}
-        for path, owner in rewritten.items():
+        for path, (owner, visits) in done.items():
             plans = plan.by_owner()[path]
-            operators = {number: owner.operators(each) for number, each in plans.items()}
-            bind(model.get_submodule(path), owner.forward, operators.values())
-            for number, each in plans.items():
-                patch.context.attach(each, list(operators[number].values()))
-                acting[each.site.name] = tuple(type(spec).__name__ for spec in each.specs)
-            patch.graphs[path] = owner.rewritten.graph
+            operators: dict[str, nn.Module] = {}
+            for visit, rewritten in zip(visits, owner.rewritten, strict=True):
+                for core, each in visit.plans.items():
+                    made = make_operators(rewritten, each, visit.number)
+                    operators |= made
+                    patch.context.attach(each, list(made.values()))
+                    for call in visit.served[core]:
+                        name = plans[call].site.name
+                        acting[name] = tuple(type(spec).__name__ for spec in each.specs)
+                        notes[name] = rewritten.done[core]
+                patch.graphs[path] = rewritten.graph
+            bind(model.get_submodule(path), owner.forward, operators)
         if found.latent is not None:
             patch.context.resize(found.latent)
         sites = (SiteReport.of(site, acting.get(site.name, ()), notes.get(site.name, "")) for site in found.sites)

@@ -26,6 +26,8 @@ _CONCRETE = frozenset(
 # Read as nodes, so that the graph follows the tensor that arrives and not the one it was captured with.
 _RECORDED = frozenset({"shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "data", "itemsize", "nbytes"})
 
+_OWN = frozenset({"node", "tracer", "hint", "_decide"})
+
 
 class HintTracer(fx.Tracer):
     """A tracer whose nodes have hints.
@@ -51,7 +53,10 @@ class HintTracer(fx.Tracer):
         self.steered_by.append(tuple(hint for each in behind if type(hint := each.meta["hint"]) is int))
 
     def proxy(self, node: fx.Node) -> Any:
-        return HintInt(node, self) if type(node.meta["hint"]) is int else HintProxy(node, self)
+        hint = node.meta["hint"]
+        if isinstance(hint, torch.Tensor):
+            return TensorProxy(node, self)
+        return HintInt(node, self) if type(hint) is int else HintProxy(node, self)
 
 
 class HintProxy(fx.Proxy):
@@ -65,10 +70,7 @@ class HintProxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """``isinstance(x, torch.Tensor)`` is asked by host code, einops and torch itself."""
         hint = self.hint
-        if isinstance(hint, torch.Tensor):
-            return torch.Tensor
         return type(hint) if isinstance(hint, (bool, float, torch.Size)) else HintProxy
 
     def __getattr__(self, name: str) -> Any:
@@ -117,6 +119,26 @@ class HintProxy(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class TensorProxy(HintProxy, torch.Tensor):
+    """A proxy that is a tensor: torch's argument parser looks into whatever says of itself that it is one.
+
+    The tensor is on ``meta`` and nobody's business; every attribute and method is the proxy's.
+    """
+
+    @staticmethod
+    def __new__(cls, node: fx.Node, tracer: HintTracer) -> TensorProxy:
+        hint = node.meta["hint"]
+        with torch._C.DisableTorchFunction():
+            return torch.empty(hint.shape, dtype=hint.dtype, device="meta").as_subclass(cls)
+
+    __class__ = property(lambda self: TensorProxy)  # type: ignore[assignment]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _OWN or (name.startswith("__") and name.endswith("__")):
+            return object.__getattribute__(self, name)
+        return HintProxy.__getattr__(self, name)
 
 
 class HintInt(int):

@@ -27,12 +27,17 @@ from sloth_fx.copying import copy_module
 
 _multi_head_attention = undispatched(F.multi_head_attention_forward)
 
-__all__ = ["Recorder", "evaluate", "has_effect"]
+__all__ = ["Recorder", "evaluate", "has_effect", "writes"]
 
 # Functions that make a tensor from sizes: the sizes may be traced, and the result is never a constant of the model.
 _FACTORIES = frozenset(
     getattr(torch, name)
     for name in ("arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "tensor", "zeros")
+)
+_IN_PLACE = frozenset(
+    getattr(operator, name)
+    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
+    + ("iand", "ior", "ixor")
 )
 
 
@@ -84,6 +89,12 @@ class Recorder(HintTracer):
     ) -> Any:
         """A host's own attention function is a leaf: the backend that its user chose stays."""
         return self.create_proxy("call_function", function, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *others, **named)
+        if kind == "call_method" and writes(proxy.node) and is_proxy(args[0]):
+            args[0].node = proxy.node  # what is done with the tensor from now on is done with the result
+        return proxy
 
     def create_arg(self, a: Any) -> Any:
         if is_proxy(a):  # it answers isinstance(a, torch.Tensor), so ask this first
@@ -159,7 +170,15 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def has_effect(node: fx.Node) -> bool:
     """What dead-code elimination must keep; a child may do more than compute, so its call always stays."""
-    return node.op in ("placeholder", "output", "call_module") or node.target is operator.setitem
+    return node.op in ("placeholder", "output", "call_module") or writes(node)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` writes into a tensor that it is given."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.target in _IN_PLACE or (name.endswith("_") and name[-2:] != "__") or "out" in node.kwargs
 
 
 def _substitute(value: Any, proxies: Iterator[Any]) -> Any:

@@ -40,8 +40,8 @@ SIZES: Limits = or_none(
 )
 AXES: Limits = or_none(
     accepting(
-        'one letter per axis: b (batch), c (channels), t (frames), h (rows), w (columns), n (packed tokens), _ (other), '
-        'such as "bchw" or "bnc"',
+        "one letter per axis: b (batch), c (channels), t (frames), h (rows), w (columns), n (packed tokens), "
+        '_ (other), such as "bchw" or "bnc"',
         _spells("bcthwn"),
     )
 )
@@ -68,9 +68,9 @@ class ModelAdapter:
     Where tokens are packed (n), one of these says how they lie:
 
     - ``ids``: the parameter with the coordinates of each token, (N, A) or (B, N, A), and ``id_axes``: which of the A
-      columns are image t, frame f, row h and column w (any further ones do not matter). Of several images (t), the first is the latent; the others are
-      references. ``id_rows`` names the parameter with the indices (N,) of the latent's tokens, where the coordinates
-      are those of a longer sequence.
+      columns are image t, frame f, row h and column w (any further ones do not matter). Of several images (t), the
+      first is the latent; the others are references. ``id_rows`` names the parameter with the indices (N,) of the
+      latent's tokens, where the coordinates are those of a longer sequence.
     - ``shapes``: the parameter with [(frames, rows, columns), ...], for one image or for each; the first entry is the
       latent, or the one at index ``target``.
     - ``sizes``: the parameters with the numbers (rows, columns) or (frames, rows, columns).

@@ -33,7 +33,7 @@ class Arguments:
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
         self._adapter = adapter
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._positions = {name: index for index, name in enumerate(inspect.signature(model.forward).parameters)}
 
     def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The latent; of a list of latents, the first. ``None`` if there is none."""
@@ -80,18 +80,18 @@ class Arguments:
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """What was given, by name, in the order of forward's parameters (any others last)."""
-        for index, name in enumerate(self._parameters):
+        for name, index in self._positions.items():
             if index < len(args):
                 yield name, args[index]
             elif name in kwargs:
                 yield name, kwargs[name]
-        yield from ((str(index), args[index]) for index in range(len(self._parameters), len(args)))
-        yield from ((name, value) for name, value in kwargs.items() if name not in self._parameters)
+        yield from ((str(index), args[index]) for index in range(len(self._positions), len(args)))
+        yield from ((name, value) for name, value in kwargs.items() if name not in self._positions)
 
     def _named(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in kwargs:
             return kwargs[name]
-        position = self._parameters.index(name) if name in self._parameters else len(args)
+        position = self._positions.get(name, len(args))
         return args[position] if position < len(args) else None
 
 
@@ -152,7 +152,7 @@ def _size_of_shapes(shapes: Any, target: int) -> LatentSize | None:
     return _size_of_numbers(of_image)
 
 
-_seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_seen: Any = WeakIdKeyDictionary()
 """Sizes that were read from tensors of ids, so that a sampling run reads them once: reading waits for the device."""
 
 
@@ -169,7 +169,8 @@ def _size_of_ids(ids: Any, id_axes: str, rows: Any) -> LatentSize | None:
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    return tensor.device.type != "meta" and not is_fake(tensor)
+    """Whether a tensor can be read here and now; within a graph that torch.compile makes it cannot."""
+    return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
 
 
 def _read_ids(ids: torch.Tensor, id_axes: str, rows: Any) -> LatentSize | None:

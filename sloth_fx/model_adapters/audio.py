@@ -77,7 +77,6 @@ ADAPTERS = {
             "bb_ca_time": "batch",
             "local_latents_time": "batch",
             "padding_mask": "bool batch residues",
-            "token_type": "long batch residues",
             "conditioning": protein_conditions,
         },
     ),

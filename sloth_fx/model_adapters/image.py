@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from sloth_fx.model_adapters.parameters import TEXT_CHANNELS, family, per_image, rotary_pair, shapes_of_images, video
 from sloth_fx.model_adapters.trial import Size, Trial
 from sloth_fx.model_adapters.unet import DDPM
-from sloth_fx.schedule import NoiseSchedule
 
 
 def within(limit: str) -> dict[str, Size]:
@@ -54,7 +51,6 @@ HUNYUAN_DIT_SIZES: dict[str, Size] = {
     "text": "text_len",
     "head_dim": lambda trial: trial.size("hidden_size") // trial.size("num_attention_heads"),
 }
-HUNYUAN_DIT_NOISE = NoiseSchedule(beta_start=0.00085, beta_end=0.03)
 Z_IMAGE_SIZES: dict[str, Size] = {
     "height": lambda trial: trial.size("rows") * trial.size("all_patch_size"),
     "width": lambda trial: trial.size("columns") * trial.size("all_patch_size"),
@@ -98,7 +94,7 @@ ADAPTERS = {
             "img_ids": None,
         },
     ),
-    "HunyuanDiT2DModel": family("bchw", trial=HUNYUAN_DIT_SIZES, values=HUNYUAN_DIT, noise=HUNYUAN_DIT_NOISE),
+    "HunyuanDiT2DModel": family("bchw", trial=HUNYUAN_DIT_SIZES, values=HUNYUAN_DIT),
     "HunyuanImageTransformer2DModel": family(
         "bchw",
         values={"timestep_r": "batch if use_meanflow"},

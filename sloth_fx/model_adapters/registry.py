@@ -11,21 +11,21 @@ from torch import nn
 
 from sloth_fx.checks import unknown
 from sloth_fx.errors import SlothError
-from sloth_fx.model_adapters import audio, controlnet, image, packed, unet, video
+from sloth_fx.model_adapters import audio, controlnet, image, packed, packed_video, unet, video
 from sloth_fx.model_adapters.adapter import ModelAdapter
 from sloth_fx.model_adapters.parameters import PARAMETERS
 from sloth_fx.model_adapters.trial import Size, Trial, TrialInputs, config_of
 
 BUILT_IN: dict[str, ModelAdapter] = {
     name: adapter
-    for module in (unet, image, packed, video, audio, controlnet)
+    for module in (unet, image, packed, video, packed_video, audio, controlnet)
     for name, adapter in module.ADAPTERS.items()
 }
 _registered: dict[str, ModelAdapter] = {}
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma")
 _SIZE_NAMES = ("num_frames", "height", "width")
-_CONVOLVED = {nn.Conv1d: "bcw", nn.Conv2d: "bchw", nn.Conv3d: "bcthw"}
+_CONVOLVED: dict[type[nn.Module], str] = {nn.Conv1d: "bcw", nn.Conv2d: "bchw", nn.Conv3d: "bcthw"}
 _FILMS = ("3D", "Video", "Motion", "Temporal")
 _FIELDS = tuple(field.name for field in fields_of(ModelAdapter))
 
@@ -94,5 +94,7 @@ def _axes_of(model: nn.Module, adapter: ModelAdapter) -> str:
     """The axes of the latent to try a model with that nobody has described."""
     if (adapter.ids or adapter.shapes or adapter.sizes) is not None:
         return "bnc"
-    first = next((_CONVOLVED[type(module)] for module in model.modules() if type(module) in _CONVOLVED), "bchw")
-    return "bcthw" if any(word in type(model).__name__ for word in _FILMS) else first
+    if any(word in type(model).__name__ for word in _FILMS):
+        return "bcthw"
+    convolved = (axes for module in model.modules() for kind, axes in _CONVOLVED.items() if isinstance(module, kind))
+    return next(convolved, "bchw")

@@ -47,8 +47,8 @@ _SIZES: dict[str, Size] = {
 }
 
 
-class Unknown(Exception):
-    """A term that neither the sizes nor the config know."""
+class UnknownError(Exception):
+    """Neither the sizes nor the config know a term."""
 
 
 class Trial:
@@ -66,13 +66,13 @@ class Trial:
         return default if found is None else found
 
     def size(self, terms: str) -> int:
-        """The first of the alternatives ``terms`` that is known. Raises :class:`Unknown` if none is."""
+        """The first of the alternatives ``terms`` that is known. Raises :class:`UnknownError` if none is."""
         for term in terms.split("|"):
             parts = [self._number(part) for part in term.replace("-", "+-").split("+")]
             total = sum(part for part in parts if part is not None)
             if None not in parts and total > 0:
                 return total
-        raise Unknown(terms)
+        raise UnknownError(terms)
 
     def _number(self, name: str) -> int | None:
         if name.startswith("-"):
@@ -84,7 +84,7 @@ class Trial:
         if isinstance(found, str):
             return self.size(found)
         if callable(found):
-            return found(self)
+            return int(found(self))
         found = self.field(name) if found is None else found
         while isinstance(found, (list, tuple)) and found:
             found = found[0]
@@ -156,7 +156,7 @@ class TrialInputs:
             needed = parameter.default is parameter.empty and parameter.kind not in _VARIADIC
             try:
                 found = trial.value(values.get(name))
-            except Unknown as unknown:
+            except UnknownError as unknown:
                 found = None
                 why = f"the config has no {unknown}".replace("|", " or ")
             else:

@@ -10,7 +10,6 @@ from sloth_fx.model_adapters.trial import Size, Trial
 from sloth_fx.schedule import NoiseSchedule
 
 
-
 def _side(index: int) -> Size:
     def side(trial: Trial) -> int:
         sample = trial.field("sample_size", 64)

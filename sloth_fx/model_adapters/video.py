@@ -1,4 +1,4 @@
-"""Transformers on video latents, as feature maps (B, C, T, H, W) or packed."""
+"""Transformers on video latents (B, C, T, H, W)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 
 from sloth_fx.model_adapters.parameters import family, grid_shape, per_image, rotary_pair, video
 from sloth_fx.model_adapters.trial import Size, Trial
 from sloth_fx.model_adapters.unet import DDPM
-from sloth_fx.schedule import NoiseSchedule
 
 SAMPLE: dict[str, Size] = {
     "rows": lambda trial: trial.size("sample_height") // trial.patch[1],
@@ -20,10 +18,16 @@ SAMPLE: dict[str, Size] = {
 """The latent has the size that the config says."""
 
 
+def cog_frames(trial: Trial) -> int:
+    """Frames of tokens, of as many pictures as the config says."""
+    latent = (trial.size("sample_frames") - 1) // trial.size("temporal_compression_ratio") + 1
+    return -(-latent // trial.patch[0])
+
+
 COG_SIZES: dict[str, Size] = {
     **SAMPLE,
     "text": "max_text_seq_length",
-    "frames": lambda trial: _cog_frames(trial),
+    "frames": cog_frames,
 }
 COG_VALUES = {
     "image_rotary_emb": lambda trial: (
@@ -31,12 +35,6 @@ COG_VALUES = {
     ),
     "ofs": "batch if ofs_embed_dim",
 }
-SCALED_LINEAR = NoiseSchedule()
-
-
-def _cog_frames(trial: Trial) -> int:
-    latent = (trial.size("sample_frames") - 1) // trial.size("temporal_compression_ratio") + 1
-    return -(-latent // trial.patch[0])
 
 
 def allegro_rotary(trial: Trial) -> Any:
@@ -73,35 +71,11 @@ COSMOS = {
 }
 
 
-def cosmos3_positions(trial: Trial) -> torch.Tensor:
-    """(3, text + tokens): text counts on, then come frame, row and column."""
-    text = trial.size("text")
-    return torch.cat([torch.arange(text).expand(3, -1), trial.grid_ids().long().T + text], dim=1)
-
-
-def vision(trial: Trial) -> torch.Tensor:
-    """Places of the video's tokens in the packed sequence."""
-    return torch.arange(trial.size("tokens")) + trial.size("text")
-
-
-def minimax_positions(trial: Trial) -> torch.Tensor:
-    """(text + audio + tokens, 3): text and audio count on along time, then comes the video's grid."""
-    counted = torch.arange(trial.size("text") + trial.size("audio"), dtype=torch.float32)
-    return torch.cat([nn.functional.pad(counted[:, None], (0, 2)), trial.grid_ids()])
-
-
-def minimax_tags(trial: Trial) -> torch.Tensor:
-    """Modality of each token: 1 text, 2 audio, 0 video."""
-    counts = torch.tensor([trial.size(name) for name in ("text", "audio", "tokens")])
-    return torch.tensor([1, 2, 0]).repeat_interleave(counts)
-
-
 WAN = {"encoder_hidden_states": "batch text text_dim"}
 WAN_SIZES: dict[str, Size] = {
     # Where text and image share a sequence, Wan splits it at the length of its text encoder.
     "text": lambda trial: 512 if trial.field("image_dim") else 13,
 }
-SIZE_NAMES = ("num_frames", "height", "width")
 
 
 def faces(trial: Trial) -> torch.Tensor:
@@ -133,7 +107,7 @@ ADAPTERS = {
     ),
     "AnyFlowTransformer3DModel": video("btchw", values={"timestep": "batch time", "r_timestep": "batch time"}),
     "ChronoEditTransformer3DModel": video(trial={**WAN_SIZES, "frames": 2}, values=WAN),
-    "CogVideoXTransformer3DModel": video("btchw", trial=COG_SIZES, values=COG_VALUES, noise=SCALED_LINEAR),
+    "CogVideoXTransformer3DModel": video("btchw", trial=COG_SIZES, values=COG_VALUES),
     "ConsisIDTransformer3DModel": video(
         "btchw",
         trial=COG_SIZES,
@@ -141,26 +115,6 @@ ADAPTERS = {
             **COG_VALUES,
             "id_cond": "batch LFE_id_dim if is_train_face",
             "id_vit_hidden": lambda trial: [trial.tensor("batch 577 LFE_vit_dim")] * trial.size("LFE_num_scale"),
-        },
-    ),
-    "Cosmos3OmniTransformer": video(
-        latent="vision_tokens",
-        timestep="vision_timesteps",
-        shapes="vision_token_shapes",
-        text=("input_ids",),
-        trial={"sequence": "text+tokens", "time": "frames", "height": "rows", "width": "columns"},
-        values={
-            "input_ids": "long text",
-            "text_indexes": lambda trial: torch.arange(trial.size("text")),
-            "position_ids": cosmos3_positions,
-            "und_len": lambda trial: trial.size("text"),
-            "sequence_length": lambda trial: trial.size("sequence"),
-            "vision_tokens": ["1 latent_channel time height width"],
-            "vision_token_shapes": lambda trial: [grid_shape(trial)],
-            "vision_sequence_indexes": vision,
-            "vision_mse_loss_indexes": vision,
-            "vision_timesteps": "tokens",
-            "vision_noisy_frame_indexes": lambda trial: [torch.arange(trial.size("frames"))],
         },
     ),
     "CosmosTransformer3DModel": video(text=("encoder_hidden_states",), values=COSMOS),
@@ -215,55 +169,14 @@ ADAPTERS = {
         channels="channels",
         values={"audio_hidden_states": "batch 9 in_audio_dim"},
     ),
-    "LTX2VideoTransformer3DModel": video(
-        "bnc",
-        sizes=SIZE_NAMES,
-        text=("encoder_hidden_states", "audio_encoder_hidden_states"),
-        values={
-            "audio_hidden_states": "batch 9 audio_in_channels",
-            "audio_encoder_hidden_states": "batch text caption_channels",
-            "audio_num_frames": 9,
-        },
-    ),
-    "LTXVideoTransformer3DModel": video("bnc", sizes=SIZE_NAMES),
     "LatteTransformer3DModel": video(
         trial={"height": "sample_size", "width": "sample_size", "frames": "video_length"},
         values={"encoder_attention_mask": None},
         noise=DDPM,
     ),
-    "MiniMaxH3Transformer3DModel": video(
-        "bnc",
-        ids="position_ids",
-        id_axes="fhw",
-        id_rows="video_indices",
-        timesteps=0,
-        final_timestep=1,
-        trial={"audio": 6, "sequence": "text+audio+tokens"},
-        values={
-            "hidden_states": lambda trial: trial.zeros(
-                trial.size("batch"), trial.size("tokens"), trial.size("in_channels") * torch.Size(trial.patch).numel()
-            ),
-            "audio_hidden_states": "batch audio audio_in_channels",
-            "timestep": "2",
-            "timestep_indices": "long sequence",
-            "token_tags": minimax_tags,
-            "position_ids": minimax_positions,
-            "text_indices": lambda trial: torch.arange(trial.size("text")),
-            "audio_indices": lambda trial: torch.arange(trial.size("audio")) + trial.size("text"),
-            "video_indices": lambda trial: torch.arange(trial.size("tokens")) + trial.size("text+audio"),
-        },
-    ),
     "MochiTransformer3DModel": video(timesteps=0, final_timestep=1000),
     "MotifVideoTransformer3DModel": video(),
     "SanaVideoTransformer3DModel": video(),
-    "SanaWMLTX2RefinerTransformer3DModel": video(
-        "bnc",
-        values={
-            "timestep": "batch tokens",
-            "video_rotary_emb": lambda trial: trial.value(("batch tokens rotated", "batch tokens rotated")),
-        },
-        trial={"rotated": lambda trial: trial.size("num_attention_heads") * trial.size("attention_head_dim")},
-    ),
     "SanaWMTransformer3DModel": video(
         values={
             "timestep": "batch 1 time",
@@ -300,7 +213,7 @@ ADAPTERS = {
         values={
             **WAN,
             "pose_hidden_states": "batch latent_channels time-1 height width",
-            "face_pixel_values": lambda trial: faces(trial),
+            "face_pixel_values": faces,
         },
     ),
     "WanTransformer3DModel": video(trial=WAN_SIZES, values=WAN),

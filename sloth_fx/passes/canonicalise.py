@@ -104,6 +104,9 @@ def _outline(graph: fx.Graph, attention: ExplicitAttention) -> bool:
         refuse(core, refusal)
         result = from_canonical(core, attention.output_order)
     output.replace_all_uses_with(result)
+    for node in reversed(attention.chain):
+        if not node.users:  # also where it writes into the scores
+            graph.erase_node(node)
     graph.eliminate_dead_code(has_effect)
     return True
 

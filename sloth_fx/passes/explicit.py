@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sloth_fx.passes.products import Product, dimensions, product
+from sloth_fx.passes.views import permutation
 
 _SOFTMAX = (torch.softmax, torch.special.softmax, F.softmax, "softmax")
 _LEADING = frozenset({"view", "reshape", "flatten", "unflatten", torch.reshape, torch.flatten, torch.unflatten})
 _TRIVIAL = (nn.Dropout, nn.Identity)
+Layout = list[int | None]
 _LONGEST = 24  # operations between a product and the softmax
 
 
@@ -41,7 +43,8 @@ class ExplicitAttention:
 
     ``chain`` runs from the product that gives the scores to that which gives the output, ``softmax`` among them.
     ``scores_order`` and ``output_order`` are to scores and output what an :class:`Operand`'s order is to it. ``shared``
-    tells that the attention map is used elsewhere as well.
+    tells that the attention map is used elsewhere as well, ``unmoved`` are the nodes before the softmax that have its
+    order of dimensions.
     """
 
     softmax: fx.Node
@@ -51,8 +54,9 @@ class ExplicitAttention:
     query: Operand
     key: Operand
     value: Operand
-    scores_order: tuple[int | None, ...]
-    output_order: tuple[int | None, ...]
+    scores_order: tuple[int, ...]
+    output_order: tuple[int, ...]
+    unmoved: frozenset[fx.Node]
     shared: bool
 
 
@@ -71,21 +75,19 @@ def _around(softmax: fx.Node) -> ExplicitAttention | None:
     after = _down(softmax, _LONGEST)
     if before is None or after is None:
         return None
-    scores, output = product(before[0]), product(after[-1])
-    assert scores is not None
-    assert output is not None
-    rank, keys_at = dimensions(softmax), _softmax_dim(softmax)
-    if keys_at is None or rank < 3:
+    scores, output, keys_at = product(before[0]), product(after[-1]), _softmax_dim(softmax)
+    if scores is None or output is None or keys_at is None:
         return None
-    keys_at %= rank
-    from_end = keys_at - rank  # the queries and keys keep their place where leading dimensions are regrouped
-    probs, value = (output.left, output.right) if output.left is after[-2] else (output.right, output.left)
-    probs_letters, value_letters = _letters(output, probs)
-    regrouped = len(scores.out) != rank or len(probs_letters) != rank
-    if regrouped and from_end != -1:
+    layouts = _layouts(before, after[:-1])
+    probs = after[-2]
+    if output.left is output.right:
+        return None
+    of_scores, of_probs = layouts[before[0]], layouts[probs]
+    keys_at %= dimensions(softmax)
+    if keys_at not in of_scores or keys_at not in of_probs:
         return None
 
-    key_letter = scores.out[from_end]
+    key_letter = scores.out[of_scores.index(keys_at)]
     sides = scores.side(key_letter)
     if sides is None:
         return None
@@ -95,19 +97,24 @@ def _around(softmax: fx.Node) -> ExplicitAttention | None:
     if not queries or len(channels) != 1:
         return None
     query_letter = queries[-1]
-    queries_at = scores.out.index(query_letter) - len(scores.out)
-    if regrouped and queries_at != -2:
+    queries_at = of_scores[scores.out.index(query_letter)]
+    if queries_at is None or queries_at not in of_probs:
         return None
-    batch = [each for each in scores.out if each not in (query_letter, key_letter)]
+    batch = _batch(scores.out, of_scores, (queries_at, keys_at))
 
+    probs_letters, value_letters = output.left_letters, output.right_letters
+    value = output.right
+    if output.right is probs:
+        probs_letters, value_letters, value = value_letters, probs_letters, output.left
+    summed, kept = (probs_letters[of_probs.index(at)] for at in (keys_at, queries_at))
     value_channels = [each for each in value_letters if each in output.out and each not in probs_letters]
-    summed, kept = probs_letters[from_end], probs_letters[queries_at]
+    batch_after = _batch(probs_letters, of_probs, (queries_at, keys_at))
     if len(value_channels) != 1 or summed in output.out or summed not in value_letters or kept in value_letters:
         return None
-    batch_after = [each for each in probs_letters if each not in (summed, kept)]
     if len(batch_after) != len(batch) or any(each not in output.out for each in (kept, *batch_after)):
         return None
     chain = (*before, *after)
+    rank = dimensions(softmax)
     return ExplicitAttention(
         softmax=softmax,
         scores=scores,
@@ -116,16 +123,45 @@ def _around(softmax: fx.Node) -> ExplicitAttention | None:
         query=Operand(query, _order([*batch, query_letter, *channels], query_letters)),
         key=Operand(key, _order([*batch, key_letter, *channels], key_letters)),
         value=Operand(value, _order([*batch_after, summed, *value_channels], value_letters)),
-        scores_order=_order([*batch, query_letter, key_letter], scores.out),
-        output_order=_order([*batch_after, kept, *value_channels], output.out),
+        scores_order=(*(at for at in range(rank) if at not in (queries_at, keys_at)), queries_at, keys_at),
+        output_order=tuple(output.out.index(each) for each in (*batch_after, kept, *value_channels)),
+        unmoved=frozenset(node for node in before if layouts[node] == list(range(rank))),
         shared=any(len(node.users) > 1 and not _only_in(node, chain) for node in chain[:-1]),
     )
 
 
-def _letters(output: Product, probs: fx.Node) -> tuple[str, str]:
-    """The letters of the probabilities and of the values."""
-    letters = output.left_letters, output.right_letters
-    return letters if output.left is probs else letters[::-1]
+def _batch(letters: str, layout: Layout, tokens: tuple[int, int]) -> list[str]:
+    """The letters of samples and heads, in the order that their dimensions have at the softmax."""
+    batch = [(at, index) for index, at in enumerate(layout) if at not in tokens]
+    known = sorted(batch) if all(at is not None for at, _ in batch) else batch
+    return [letters[index] for _, index in known]
+
+
+def _layouts(before: tuple[fx.Node, ...], after: tuple[fx.Node, ...]) -> dict[fx.Node, Layout]:
+    """For each node of the chain but the last, which dimension of the softmax each of its dimensions is.
+
+    ``None`` stands for leading dimensions that were regrouped.
+    """
+    softmax = after[0]
+    layout: Layout = list(range(dimensions(softmax)))
+    found: dict[fx.Node, Layout] = {softmax: layout}
+    for node in after[1:]:
+        permuted = permutation(node)
+        layout = [layout[dim] for dim in permuted] if permuted is not None else _regrouped(layout, dimensions(node))
+        found[node] = layout
+    layout = found[softmax]
+    for parent, node in zip(reversed(before), (softmax, *reversed(before[1:])), strict=True):
+        permuted = permutation(node)
+        if permuted is not None:
+            layout = [layout[permuted.index(dim)] for dim in range(len(permuted))]
+        else:
+            layout = _regrouped(layout, dimensions(parent))
+        found[parent] = layout
+    return found
+
+
+def _regrouped(layout: Layout, rank: int) -> Layout:
+    return layout if len(layout) == rank else [*[None] * (rank - 2), *layout[-2:]]
 
 
 def _order(letters: list[str], there: str) -> tuple[int | None, ...]:
@@ -169,7 +205,7 @@ def _down(node: fx.Node, left: int) -> tuple[fx.Node, ...] | None:
 
 
 def _keeps_tokens(parent: fx.Node, node: fx.Node) -> bool:
-    """Whether ``node`` works on each score of ``parent`` alone, or at most regroups leading dimensions."""
+    """Whether ``node`` works on each score of ``parent`` alone, or moves or regroups dimensions."""
     if node.op == "call_module":
         return isinstance(node.meta.get("module"), _TRIVIAL)
     if node.op not in ("call_function", "call_method"):
@@ -177,6 +213,6 @@ def _keeps_tokens(parent: fx.Node, node: fx.Node) -> bool:
     before, after = parent.meta.get("hint"), node.meta.get("hint")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    if before.shape == after.shape:
+    if before.shape == after.shape or (permutation(node) is not None and node.args[0] is parent):
         return True
     return node.target in _LEADING and before.ndim > 2 and before.shape[-2:] == after.shape[-2:]

@@ -10,13 +10,14 @@ take from elsewhere, one value for each token, are the factors of a rotary embed
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
+
+from sloth_fx.passes.token_axis import Sizes, TokenAxes
+from sloth_fx.passes.walk import ahead, behind, carries, is_projection, name_of, projections, tensor_of
 
 _SUMS = frozenset({"add", "sub", "iadd", "isub", "add_", "sub_"})
 _PRODUCTS = frozenset({"mul", "imul", "mul_"})
@@ -32,22 +33,6 @@ _ARITHMETIC = frozenset(
 )
 _PER_TOKEN = _SUMS | _PRODUCTS | _CASTS | _SHAPES | _ARITHMETIC
 _PER_TOKEN_MODULES = ("LayerNorm", "RMSNorm", "Norm", "Identity", "Dropout")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many tokens the image has, and the sequence of keys that it is part of."""
-
-    image: int
-    total: int
-
-    def axis(self, node: Any) -> int | None:
-        """The axis of ``node`` along which the image's tokens lie, if there is exactly one."""
-        hint = node.meta.get("hint") if isinstance(node, fx.Node) else None
-        if not isinstance(hint, torch.Tensor) or self.total == 2 * self.image:  # as many others: no telling them apart
-            return None
-        axes = [axis for axis, size in enumerate(hint.shape) if size in (self.image, self.total)]
-        return axes[0] if len(axes) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -76,103 +61,86 @@ class Path:
 def paths(end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Sizes) -> list[Path]:
     """Where the tokens may be reduced that become ``end`` and none of ``others``: above the projection, and just before
     what rotates them. Best first; empty where something on the way is not known to work on each token alone."""
-    shared: dict[fx.Node, None] = {}
-    for other in others:
-        shared.update(_behind(other))
-    own = {node: None for node in _behind(end) if node not in shared}
-    projected = _ahead(_projections(end, owner))
+    shared = {node for other in others for node in behind(other)}
+    own = {node: None for node in behind(end) if node not in shared}
+    sources = projections(end, owner)
+    axes, projected = TokenAxes(sizes, sources), ahead(sources)
+    ours = {node: None for node in own if node in projected}
     starts = [
         node
-        for node in own
-        if node in projected
-        and sizes.axis(node) is not None
-        and not any(parent in own and parent in projected for parent in node.all_input_nodes)
+        for node in ours
+        if axes.of(node) is not None and not any(parent in ours for parent in node.all_input_nodes)
     ]
     if len(starts) != 1:
         return []
-    nodes = {node: None for node in _ahead(starts) if node in own}
-    rotations = _rotations(nodes, starts[0], owner, sizes)
+    nodes = {node: None for node in ahead(starts) if node in own}
+    rotations = _rotations(nodes, starts[0], owner, axes)
     if rotations is None or end not in nodes:
         return []
-    found = [_above(starts[0], nodes, rotations, owner, sizes)]
+    found = [_from_start(starts[0], nodes, rotations, owner, axes)]
     if rotations:
-        found.append(_before_rotation(end, nodes, rotations, sizes))
+        found.append(_before_rotation(end, nodes, rotations, axes))
     return [path for path in found if path is not None]
 
 
 def is_rotated(end: fx.Node, owner: nn.Module, sizes: Sizes) -> bool:
     """Whether anything on the way to ``end`` takes a value for each token that does not come from the tokens."""
-    projections = _projections(end, owner)
-    projected = _ahead(projections)
+    sources = projections(end, owner)
+    axes, projected = TokenAxes(sizes, sources), ahead(sources)
     return any(
-        sizes.axis(other) is not None and other not in projected
-        for node in _behind(end)
-        if node in projected and node not in projections
+        other not in projected and axes.of_operand(other, node) is not None
+        for node in behind(end)
+        if node in projected and node not in sources
         for other in node.all_input_nodes
     )
 
 
-def name_of(node: fx.Node) -> str:
-    """What a node calls, without its module."""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
-
-
-def _above(
-    start: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], owner: nn.Module, sizes: Sizes
+def _from_start(
+    start: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], owner: nn.Module, axes: TokenAxes
 ) -> Path | None:
-    if not _is_projection(start, owner):  # a part of what one projection makes for all
-        return _path(start, nodes, rotations, sizes)
-    inputs = start.all_input_nodes
-    axis = sizes.axis(inputs[0]) if len(inputs) == 1 else None
-    if axis != 1 or inputs[0].meta["hint"].ndim != 3:
+    if not is_projection(start, owner):  # a part of what one projection makes for all
+        return _path(start, nodes, rotations, axes)
+    source = start.all_input_nodes[0]
+    hint = tensor_of(source)
+    if len(start.all_input_nodes) != 1 or hint is None or hint.ndim != 3 or axes.of(start) != 1:
         return None
-    return Path(inputs[0], axis, (start,), nodes, rotations, start)
+    return Path(source, 1, (start,), nodes, rotations, start)
 
 
 def _before_rotation(
-    end: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], sizes: Sizes
+    end: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], axes: TokenAxes
 ) -> Path | None:
     """The last node that all ways to the rotation lead through."""
     factors = {factor for rotation in rotations for factor in rotation.factors}
     rotating = [node for node in nodes if any(parent in factors for parent in node.all_input_nodes)]
     for gate in sorted(nodes, reverse=True):
-        after = {node: None for node in _ahead([gate]) if node in nodes and node is not gate}
-        if sizes.axis(gate) and end in (gate, *after) and all(node in after for node in rotating):
+        after = {node: None for node in ahead([gate]) if node in nodes and node is not gate}
+        if axes.of(gate) and end in (gate, *after) and all(node in after for node in rotating):
             ways = (parent for node in after for parent in node.all_input_nodes if parent in nodes)
-            if all(parent is gate or parent in after or not _carries(parent) for parent in ways):
-                return _path(gate, nodes, rotations, sizes)
+            if all(parent is gate or parent in after or not carries(parent) for parent in ways):
+                return _path(gate, nodes, rotations, axes)
     return None
 
 
-def _carries(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("hint"), (torch.Tensor, tuple, list)) and not isinstance(
-        node.meta["hint"], torch.Size
-    )
-
-
-def _path(node: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], sizes: Sizes) -> Path | None:
-    axis = sizes.axis(node)
+def _path(node: fx.Node, nodes: dict[fx.Node, None], rotations: tuple[Rotation, ...], axes: TokenAxes) -> Path | None:
+    axis = axes.of(node)
     return Path(node, axis, tuple(node.users), nodes, rotations, None) if axis else None
 
 
 def _rotations(
-    nodes: dict[fx.Node, None], start: fx.Node, owner: nn.Module, sizes: Sizes
+    nodes: dict[fx.Node, None], start: fx.Node, owner: nn.Module, axes: TokenAxes
 ) -> tuple[Rotation, ...] | None:
     """What rotates the tokens on their way; ``None`` where something may mix them, or is not understood."""
     factors: dict[fx.Node, int] = {}
     for node in nodes:
         if node is start:
             continue
-        if not _is_per_token(node, owner, sizes):
+        if not _is_per_token(node, owner, axes):
             return None
         for other in node.all_input_nodes:
-            hint = other.meta.get("hint")
-            if other in nodes or not isinstance(hint, torch.Tensor):
-                continue
-            if (axis := sizes.axis(other)) is not None:
-                factors[other] = axis
-            elif sizes.image in hint.shape or sizes.total in hint.shape:
-                return None  # along which axis?
+            axis = axes.of_operand(other, node) if other not in nodes else None
+            if axis is not None and factors.setdefault(other, axis) != axis:
+                return None
     return _grouped(factors, nodes)
 
 
@@ -212,65 +180,12 @@ def _factor_of(term: Any, factors: dict[fx.Node, int]) -> fx.Node | None:
     return taken[0] if len(taken) == 1 else None
 
 
-def _is_per_token(node: fx.Node, owner: nn.Module, sizes: Sizes) -> bool:
-    hint = node.meta.get("hint")
+def _is_per_token(node: fx.Node, owner: nn.Module, axes: TokenAxes) -> bool:
     if node.op == "call_module":
         module = owner.get_submodule(str(node.target))
         return type(module).__name__.endswith(_PER_TOKEN_MODULES) and len(node.all_input_nodes) == 1
-    if not isinstance(hint, torch.Tensor) and name_of(node) != "setitem":
-        return node.target is getattr or not _carries(node) or name_of(node) in _SHAPES
-    if name_of(node) not in _PER_TOKEN:
-        return False
-    return hint is None or sizes.axis(node) is not None or sizes.total - sizes.image in hint.shape
-
-
-def _projections(end: fx.Node, owner: nn.Module) -> list[fx.Node]:
-    """The last linear layers on the ways to ``end``."""
-    behind = _behind(end)
-    found = [node for node in behind if _is_projection(node, owner)]
-    return [node for node in found if not any(later in found and later in behind for later in _after(node))]
-
-
-def _after(node: fx.Node) -> list[fx.Node]:
-    return [later for later in _ahead([node]) if later is not node]
-
-
-def _is_projection(node: fx.Node, owner: nn.Module) -> bool:
-    if node.op != "call_module":
-        return False
-    module = owner.get_submodule(str(node.target))
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-def _behind(end: fx.Node) -> dict[fx.Node, None]:
-    """``end``, all that it was computed from, and what was written into that."""
-    found: dict[fx.Node, None] = {}
-    waiting = [end]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found[node] = None
-            waiting.extend(node.all_input_nodes)
-            waiting.extend(user for user in node.users if _writes_into(user, node))
-    return dict.fromkeys(sorted(found))
-
-
-def _ahead(starts: Iterable[fx.Node]) -> dict[fx.Node, None]:
-    """``starts``, and all that was computed from them or that they were written into."""
-    found: dict[fx.Node, None] = {}
-    waiting = list(starts)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found[node] = None
-            waiting.extend(_users(node))
-    return dict.fromkeys(sorted(found))
-
-
-def _users(node: fx.Node) -> list[fx.Node]:
-    written = [user.args[0] for user in node.users if user.target is operator.setitem and user.args[0] is not node]
-    return [*node.users, *(target for target in written if isinstance(target, fx.Node))]
-
-
-def _writes_into(user: fx.Node, node: fx.Node) -> bool:
-    return user.target is operator.setitem and user.args[0] is node
+    hint = tensor_of(node)
+    if hint is None:
+        return not carries(node) or name_of(node) in _PER_TOKEN
+    others = axes.sizes.total - axes.sizes.image
+    return name_of(node) in _PER_TOKEN and (axes.of(node) is not None or others in hint.shape)

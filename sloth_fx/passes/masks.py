@@ -34,12 +34,12 @@ class Mask:
 def masks_of(attention: ExplicitAttention) -> list[Mask]:
     """The masks of an attention, in order."""
     found = []
-    if attention.scores.added is not None:
+    if attention.scores.added is not None and attention.scores.node in attention.unmoved:
         found.append(Mask(attention.scores.node, None, attention.scores.added, "added"))
     before = attention.chain[: attention.chain.index(attention.softmax)]
     for scores, node in itertools.pairwise(before):
         mask = _applied(node, scores)
-        if mask is not None and _has_tokens(mask.mask, attention):
+        if mask is not None and node in attention.unmoved and _has_tokens(mask.mask, attention):
             found.append(mask)
     return found
 
@@ -61,6 +61,12 @@ def _has_tokens(mask: fx.Node, attention: ExplicitAttention) -> bool:
     shape = mask.meta["hint"].shape
     rank = len(attention.scores_order)
     return any(len(shape) >= rank - at and shape[at - rank] > 1 for at in attention.scores_order[-2:] if at is not None)
+
+
+def in_host_layout(mask: Tensor, order: tuple[int, ...]) -> Tensor:
+    """A mask over (..., N, M) as one over the host's scores; ``order`` is that of these."""
+    mask = mask[(None,) * (len(order) - mask.ndim)]
+    return mask.permute([order.index(dim) for dim in range(len(order))])
 
 
 def with_mask(scores: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from sloth_fx.capture.generate import generate
 from sloth_fx.capture.recorder import has_effect
 from sloth_fx.passes.core import Attend, core_function, is_core
 from sloth_fx.passes.explicit import ExplicitAttention
-from sloth_fx.passes.masks import Mask, with_mask
+from sloth_fx.passes.masks import Mask, in_host_layout, with_mask
+from sloth_fx.passes.products import dimensions
 from sloth_fx.passes.views import canonical_source, from_canonical, size, to_canonical
 
 _NEAR = 24  # how many operations a size may be away from the tensor that it is of
@@ -42,9 +43,11 @@ class Outline:
         }
         if mask is not None:
             self._known.add(mask.mask)
+        self.ignored = _ignored_input(attention)
         for node in attention.chain:
             for each in node.all_input_nodes:
-                self._find_extras(each)
+                if each is not self.ignored:
+                    self._find_extras(each)
 
     @property
     def options(self) -> dict[str, fx.Node]:
@@ -82,7 +85,7 @@ class Outline:
     def _find_extras(self, node: fx.Node) -> None:
         if node in self._known or node in self.attention.chain:
             return
-        if self._after_scores(node) or self._from_operands(node, _NEAR):
+        if self._after_scores(node) or self._from_operands(node, _NEAR) or _made_from_sizes(node):
             for each in node.all_input_nodes:
                 self._find_extras(each)
         else:
@@ -106,6 +109,20 @@ class Outline:
         return generate(_Body(self, self._operands, self._sizes, masked=masked, own=own).graph, "attention")
 
 
+def _made_from_sizes(node: fx.Node) -> bool:
+    """Whether ``node`` is a tensor that is computed from no other tensor."""
+    if node.op != "call_function" or not dimensions(node):
+        return False
+    return not any(isinstance(each.meta["hint"], torch.Tensor) for each in node.all_input_nodes)
+
+
+def _ignored_input(attention: ExplicitAttention) -> fx.Node | None:
+    """What ``baddbmm`` is given to add to the scores, where it does not read it."""
+    node = attention.scores.node
+    first = node.args[0] if node.args else None
+    return first if node.kwargs.get("beta", 1) == 0 and isinstance(first, fx.Node) else None
+
+
 class _Body:
     """The graph of one variant: without a mask, with the host's kind of mask, or with any other."""
 
@@ -121,6 +138,7 @@ class _Body:
         self.attention = outline.attention
         self.host_mask = outline.mask
         self.own = own
+        self.ignored = outline.ignored
         self.graph = fx.Graph()
         canonical = {name: self.graph.placeholder(name) for name in operands}
         self.mask = self.graph.placeholder("mask") if masked else None
@@ -149,6 +167,7 @@ class _Body:
         return self.copies[node]
 
     def _copy(self, node: fx.Node, without: fx.Node | None = None) -> fx.Node:
+        without = without or (self.ignored if node is self.attention.chain[0] else None)
         for parent in node.all_input_nodes:
             if parent is not without:
                 self.copied(parent)
@@ -163,9 +182,15 @@ class _Body:
         if node is self.attention.softmax and self.mask is not None and not self.own:
             scores = self.copies[node.all_input_nodes[0]]
             with self.graph.inserting_before(copy):
-                mask = from_canonical(self.mask, self.attention.scores_order)
+                mask = self._host_mask()
                 copy.replace_input_with(scores, self.graph.call_function(with_mask, (scores, mask)))
         return copy
+
+    def _host_mask(self) -> fx.Node:
+        assert self.mask is not None
+        order = self.attention.scores_order
+        moved = order != tuple(range(len(order)))
+        return self.graph.call_function(in_host_layout, (self.mask, order)) if moved else self.mask
 
     def _is_masking(self, node: fx.Node) -> bool:
         return self.host_mask is not None and node is self.host_mask.node
@@ -173,8 +198,7 @@ class _Body:
     def _at_mask(self, node: fx.Node) -> fx.Node:
         assert self.host_mask is not None
         if self.own:
-            assert self.mask is not None
-            mask = from_canonical(self.mask, self.attention.scores_order)
+            mask = self._host_mask()
             if self.host_mask.kind == "ignore":
                 mask = self.graph.call_method("logical_not", (mask,))
             self.copies[self.host_mask.mask] = mask

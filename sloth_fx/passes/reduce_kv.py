@@ -28,8 +28,9 @@ from torch.fx.node import Argument
 from sloth_fx.capture.recorder import has_effect
 from sloth_fx.passes.causal import causal_of, tell_causal
 from sloth_fx.passes.core import AttentionCore, attention_cores
-from sloth_fx.passes.key_path import Path, Rotation, Sizes, is_rotated, paths
+from sloth_fx.passes.key_path import Path, Rotation, is_rotated, paths
 from sloth_fx.passes.reduction import KeyValueReduction
+from sloth_fx.passes.token_axis import Sizes
 
 __all__ = ["LEVELS", "KeyValueReduction", "reduce_kv"]
 

@@ -13,8 +13,9 @@ import operator
 import torch
 from torch import fx
 
+from sloth_fx.capture.recorder import writes
+
 _BY_ONE = (operator.truediv, operator.mul)
-_IN_PLACE = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def simplify(graph: fx.Graph) -> bool:
@@ -22,7 +23,7 @@ def simplify(graph: fx.Graph) -> bool:
 
     Nothing is removed from a graph that writes into tensors, where the result being a tensor of its own may matter.
     """
-    if any(_writes(node) for node in graph.nodes):
+    if any(writes(node) for node in graph.nodes):
         return False
     found = [node for node in graph.nodes if _is_identity(node)]
     for node in found:
@@ -39,8 +40,3 @@ def _is_identity(node: fx.Node) -> bool:
     return (
         isinstance(hint, torch.Tensor) and hint.is_floating_point() and isinstance(factor, (int, float)) and factor == 1
     )
-
-
-def _writes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.target in _IN_PLACE or (node.op.startswith("call_") and name.endswith("_") and name[-2:] != "__")

@@ -45,7 +45,7 @@ def canonical_source(node: fx.Node, order: Order) -> fx.Node | None:
     """The tensor of which ``node`` is a transpose, where that tensor is canonical itself."""
     if all(dim == at for at, dim in enumerate(order)):
         return node
-    permuted = _permutation(node)
+    permuted = permutation(node)
     if permuted is None or None in order:
         return None
     source = node.args[0]
@@ -53,7 +53,7 @@ def canonical_source(node: fx.Node, order: Order) -> fx.Node | None:
     return source if same and isinstance(source, fx.Node) else None
 
 
-def _permutation(node: fx.Node) -> list[int] | None:
+def permutation(node: fx.Node) -> list[int] | None:
     """For each dimension of ``node`` the dimension of its source, where it is a transpose."""
     hint = node.meta.get("hint")
     rank = hint.ndim if isinstance(hint, torch.Tensor) else 0

@@ -29,6 +29,11 @@ class Site(NamedTuple):
     grid: Grid | None = None
     certain: bool = True
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The grid as the library tells it: (rows, columns) where there is one frame."""
+        return self.grid[1:] if self.grid is not None and self.grid[0] == 1 else self.grid
+
 
 Expected = list[Site]
 

@@ -5,14 +5,15 @@ Measured against data (:mod:`tests.zoo.expected`), a count that shares nothing w
 """
 
 import functools
+import math
 
 import pytest
 import torch
 
 import sloth_fx
 from sloth_fx.spec import Spec
-from tests.zoo.count import Attention, Bias, watch
-from tests.zoo.recipe import Inputs
+from tests.zoo.compare import at, biased, difference, same
+from tests.zoo.count import Attention, watch
 from tests.zoo.reference import REDUCE, TILE, Reduced, Tiled, resized
 from tests.zoo.registry import MODELS, run, shared
 
@@ -52,39 +53,15 @@ def patched(name: str, spec: Spec) -> torch.nn.Module:
     return sloth_fx.transform(shared(name), spec, example_inputs=MODELS[name].inputs())
 
 
-def at(model: torch.nn.Module, progress: float, inputs: Inputs) -> list[torch.Tensor]:
-    """What a patched model gives when the run is at ``progress``."""
-    sloth_fx.context(model).at(progress)
-    return run(model, inputs)
-
-
-def biased(name: str, inputs: Inputs, bias: Bias) -> list[torch.Tensor]:
-    """What the model gives with attention in float64, whose scores are changed."""
-    with watch(shared(name), bias):
-        return run(shared(name), inputs)
-
-
 def tolerance(name: str) -> float:
     return 0.1 if name.partition("/")[0] in COARSE else 1e-3
-
-
-def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
-    assert len(one) == len(other) > 0
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest, in units of the other's standard deviation."""
-    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a.is_floating_point()]
-    assert all(a.isfinite().all() for a, _ in pairs)
-    return max(float((a - b).abs().max() / b.std()) for a, b in pairs)
 
 
 @every_model
 def test_the_count_computes_what_the_model_computes(name):
     """Attention in float64 with nothing changed, in the place of each one that was counted."""
     inputs = MODELS[name].inputs
-    again = biased(name, inputs(), lambda attention: None if attention.spelling == "flex" else torch.zeros(1))
+    again = biased(shared(name), inputs(), lambda attention: None if attention.spelling == "flex" else torch.zeros(1))
     assert difference(again, run(shared(name), inputs())) < tolerance(name)
 
 
@@ -110,10 +87,10 @@ def test_kinds_and_text(name):
 @every_model
 def test_grids_of_image_tokens(name):
     pairs = [(site, known) for site, known in zip(sites(name), MODELS[name].expected, strict=True) if known.grid]
-    for site, known in pairs:
-        assert site.grid == (known.grid if known.grid[0] > 1 else known.grid[1:]), site.name
-        start = site.key_place.start(known.keys, known.grid[0] * known.grid[1] * known.grid[2])
-        assert start == known.image, site.name
+    assert [site.grid for site, _ in pairs] == [known.shape for _, known in pairs]
+    assert [site.key_place.start(known.keys, math.prod(known.grid)) for site, known in pairs] == [
+        known.image for _, known in pairs
+    ]
 
 
 @every_model
@@ -137,8 +114,8 @@ def test_a_model_without_attention_among_image_tokens_is_refused(name):
 def test_neutral_is_the_same_to_the_bit(name, spec):
     inputs = MODELS[name].inputs
     before = run(shared(name), inputs())
-    assert_same(at(patched(name, spec), 0.6, inputs()), before)
-    assert_same(run(shared(name), inputs()), before)
+    assert same(at(patched(name, spec), 0.6, inputs()), before)
+    assert same(run(shared(name), inputs()), before)
 
 
 @every_reducible
@@ -146,7 +123,7 @@ def test_neutral_is_the_same_to_the_bit(name, spec):
 def test_an_operator_equals_attention_over_a_set_of_tokens(name, spec, operator):
     inputs, expected = MODELS[name].inputs, MODELS[name].expected
     found = at(patched(name, spec), 0.4, inputs())
-    assert difference(found, biased(name, inputs(), operator(expected))) < tolerance(name)
+    assert difference(found, biased(shared(name), inputs(), operator(expected))) < tolerance(name)
     assert difference(found, run(shared(name), inputs())) > 2 * tolerance(name)
 
 
@@ -156,7 +133,7 @@ def test_other_sizes_after_the_transform(name, size):
     entry = MODELS[name]
     expected = resized(entry.expected, (10, 12) if entry.recipe.even else (9, 11), size[1:])
     found = at(patched(name, REDUCE), 0.4, entry.inputs(*size))
-    assert difference(found, biased(name, entry.inputs(*size), Reduced(expected))) < tolerance(name)
+    assert difference(found, biased(shared(name), entry.inputs(*size), Reduced(expected))) < tolerance(name)
 
 
 COMPILED = [
@@ -184,4 +161,4 @@ def test_compiled_without_a_graph_break(name):
     model = patched(name, REDUCE)
     eager = at(model, 0.4, inputs)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same(run(compiled, inputs), eager)
+    assert same(run(compiled, inputs), eager)
