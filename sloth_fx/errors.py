@@ -3,3 +3,7 @@
 
 class SlothError(ValueError):
     """Bad input: names what was asked, the site and shapes it concerns, and what would work."""
+
+
+class RefusedInputsError(SlothError):
+    """A model does not run on the inputs of a trial run."""

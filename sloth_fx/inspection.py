@@ -10,7 +10,7 @@ from torch import fx, nn
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import as_call, survey
-from sloth_fx.model_adapters import adapter_for
+from sloth_fx.model_adapters import adapter_for, trial_call
 from sloth_fx.patch import patch_of
 from sloth_fx.report import Report, SiteReport
 from sloth_fx.transform import check_module, check_untouched
@@ -30,11 +30,8 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Report:
     check_module(model)
     check_untouched(model)
     adapter = adapter_for(model)
-    if example_inputs is not None:
-        call = as_call(example_inputs)
-    elif adapter.inputs is not None:
-        call = (), adapter.inputs(model)
-    else:
+    call = as_call(example_inputs) if example_inputs is not None else trial_call(model, adapter)
+    if call is None:
         raise SlothError(f"the inputs of {type(model).__name__} are not known: give example_inputs")
     sites = survey(model, adapter, call).sites
     return Report(type(model).__name__, tuple(map(SiteReport.of, sites)))

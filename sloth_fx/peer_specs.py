@@ -130,7 +130,8 @@ class TokenMerging(BaseSpec):
     The rest:
 
     cell: (rows, columns) of a cell, whole, 1..64 each; larger cells have fewer destinations.
-    tokens: "all" merges queries, keys and values; "q" queries only, "kv" keys and values only.
+    tokens: "all" merges queries, keys and values; "q" queries only, "kv" keys and values only. Where another spec
+        pools, downsamples or tiles the keys, only queries are merged.
     seed: whole, 0 or more; with the timestep and the site, it chooses the destinations.
     where: which of the sites (`sloth_fx.where.Where`), None for all.
 

@@ -28,7 +28,7 @@ _ROLES: dict[type[Spec], tuple[str, ...]] = {
     TokenDownsample: ("downsampling",),
     TokenMerging: ("merging",),
 }
-_DEEDS = {"reducing": "pool the keys of", "tiling": "tile", "downsampling": "thin out", "merging": "merge tokens of"}
+_DEEDS = {"reducing": "reduce the keys of", "tiling": "tile", "downsampling": "thin out", "merging": "merge tokens of"}
 
 
 def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: bool = True) -> Plan:

@@ -11,9 +11,9 @@ from torch import nn
 from sloth_fx.bind import bind, clone
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
-from sloth_fx.errors import SlothError
+from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.locate import as_call, survey
-from sloth_fx.model_adapters import adapter_for
+from sloth_fx.model_adapters import adapter_for, is_known, trial_call
 from sloth_fx.owners import OwnerRewriter, PlannedVisit, RewrittenOwner, make_operators
 from sloth_fx.patch import Patch, is_patched
 from sloth_fx.plan import clocks
@@ -58,13 +58,17 @@ def transform(
     patched = clone(model)
     name = type(model).__name__
     patch = Patch(TimestepContext(model, adapter, phases), Report(name, (), "located at the first call"))
-    if example_inputs is not None:
-        request(patched, patch, as_call(example_inputs))
-    elif adapter.inputs is not None:
-        request(patched, patch, ((), adapter.inputs(model)))
-    elif any(_may_compute_attention(module) for module in model.modules()):
+    call = as_call(example_inputs) if example_inputs is not None else trial_call(model, adapter)
+    try:
+        if call is not None:
+            request(patched, patch, call)
+    except RefusedInputsError:
+        if example_inputs is not None or is_known(model):
+            raise
+        call = None  # it was no more than a guess
+    if call is None and any(_may_compute_attention(module) for module in model.modules()):
         patch.pending = request
-    else:
+    elif call is None:
         raise SlothError(f"{type(model).__name__} computes no attention: there is nothing to transform")
     patch.install(patched)
     return patched

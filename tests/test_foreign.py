@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import sloth_fx
+from sloth_fx.spec import Spec
 from tests import foreign, foreign_sequences
 from tests.zoo.compare import at, biased, difference, same
 from tests.zoo.count import Attention, watch
 from tests.zoo.expected import Expected, Site, cross, joint, over_frames, picture, sound
 from tests.zoo.recipe import FRAMES, Inputs, Random, randomise
-from tests.zoo.reference import REDUCE, TILE, Reduced, Tiled, resized
+from tests.zoo.reference import NEUTRAL, REDUCE, REDUCING, TILE, TILING, Reduced, Tiled, resized
 from tests.zoo.registry import run
 
 BASE = 9, 11
@@ -119,8 +120,13 @@ def sites(name: str) -> list[sloth_fx.AttentionSite]:
 
 
 @functools.cache
-def patched(name: str, spec) -> nn.Module:
+def patched(name: str, spec: Spec) -> nn.Module:
     return sloth_fx.transform(built(name), spec, example_inputs=inputs(name))
+
+
+def refuse_to_tile_windows(name: str, spec: Spec) -> None:
+    if name == "windows" and spec is TILE:
+        pytest.skip("a window is no larger than a tile")
 
 
 @every_model
@@ -148,19 +154,19 @@ def test_kinds_grids_and_text(name):
 @every_model
 @pytest.mark.parametrize("spec", [REDUCE, TILE], ids=["reduce", "tile"])
 def test_neutral_is_the_same_to_the_bit(name, spec):
-    if name == "windows" and spec is TILE:
-        pytest.skip("a window is no larger than a tile")
+    refuse_to_tile_windows(name, spec)
     before = run(built(name), inputs(name))
-    assert same(at(patched(name, spec), 0.6, inputs(name)), before)
+    assert same(at(patched(name, spec), NEUTRAL, inputs(name)), before)
     assert same(run(built(name), inputs(name)), before)
 
 
 @every_model
-@pytest.mark.parametrize(("spec", "operator"), [(REDUCE, Reduced), (TILE, Tiled)], ids=["reduce", "tile"])
-def test_an_operator_equals_attention_over_a_set_of_tokens(name, spec, operator):
-    if name == "windows" and spec is TILE:
-        pytest.skip("a window is no larger than a tile")
-    found = at(patched(name, spec), 0.4, inputs(name))
+@pytest.mark.parametrize(
+    ("spec", "moment", "operator"), [(REDUCE, REDUCING, Reduced), (TILE, TILING, Tiled)], ids=["reduce", "tile"]
+)
+def test_an_operator_equals_attention_over_a_set_of_tokens(name, spec, moment, operator):
+    refuse_to_tile_windows(name, spec)
+    found = at(patched(name, spec), moment, inputs(name))
     assert difference(found, biased(built(name), inputs(name), operator(MODELS[name].expected))) < 1e-4
     assert difference(found, run(built(name), inputs(name))) > 1e-2
 
@@ -169,7 +175,7 @@ def test_an_operator_equals_attention_over_a_set_of_tokens(name, spec, operator)
 @pytest.mark.parametrize("size", [(3, 6, 14), (1, 8, 8)], ids=str)
 def test_other_sizes_after_the_transform(name, size):
     expected = resized(MODELS[name].expected, BASE, size[1:])
-    found = at(patched(name, REDUCE), 0.4, inputs(name, *size))
+    found = at(patched(name, REDUCE), REDUCING, inputs(name, *size))
     assert difference(found, biased(built(name), inputs(name, *size), Reduced(expected))) < 1e-4
 
 
@@ -177,6 +183,6 @@ def test_other_sizes_after_the_transform(name, size):
 def test_compiled_without_a_graph_break(name):
     torch.compiler.reset()
     model = patched(name, REDUCE)
-    eager = at(model, 0.4, inputs(name))
+    eager = at(model, REDUCING, inputs(name))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert same(run(compiled, inputs(name)), eager)

@@ -455,8 +455,8 @@ def test_each_attention_of_one_module_is_a_site():
     inner = Twice().eval()
     model = nn.Sequential(nn.Identity(), inner)
     latent = torch.randn(2, 3, 9, 14)
-    reduction = Reduction(rate=6.0, long_axis="x")
-    spec = SlothfulAttention(in_=reduction, schedule=sloth_fx.Constant(), where=lambda site: site.call == 1)
+    reduction = Reduction(rate=6.0, long_axis="x")  # the second half of a stack of blocks is its output
+    spec = SlothfulAttention(out=reduction, schedule=sloth_fx.Constant(), where=lambda site: site.call == 1)
     patched = sloth_fx.transform(model, spec, example_inputs=(latent,))
     sites = sloth_fx.report(patched).to_dict()["sites"]
     assert [(each["path"], each["call"], each["operators"]) for each in sites] == [

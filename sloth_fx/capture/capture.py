@@ -88,7 +88,7 @@ def _record(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder:
     recorder = Recorder(skeleton, owner)
     try:
         recorder.record(*call)
-    except (TypeError, AttributeError):  # a proxy where only a real dtype or device will do
+    except Exception:  # perhaps a proxy where only a real dtype or device will do
         recorder = Recorder(skeleton, owner, follow_types=False)
         recorder.record(*call)
     return recorder

@@ -56,7 +56,8 @@ class HostFunction:
             return f"{self.name} takes the tokens of all samples as one sequence"
         for option, reason in self.refused.items():
             given = arguments.get(option)
-            if not (given is None or given is False):
+            off = type(given) in (bool, int, float, tuple) and given in (False, 0.0, (-1, -1))
+            if given is not None and not off:
                 return f"{self.name}: {reason}"
         mask = arguments.get(self.mask) if self.mask is not None else None
         if mask is not None and not hasattr(mask, "shape"):

@@ -9,10 +9,12 @@ other sizes and types as well.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -45,7 +47,8 @@ class HintTracer(fx.Tracer):
     def decide(self, node: fx.Node) -> None:
         """The value of ``node`` is about to steer Python: it becomes part of the capture."""
         behind = _behind(node)
-        if any("depends_on_data" in each.meta for each in behind):
+        of_type = isinstance(node.meta["hint"], (torch.dtype, torch.device))
+        if not of_type and any("depends_on_data" in each.meta for each in behind):
             raise NotImplementedError("what its forward does depends on the data in its inputs")
         self.type_steered = self.type_steered or any(
             each.target is getattr and each.args[1] in ("dtype", "device") for each in behind
@@ -108,6 +111,21 @@ class HintProxy(fx.Proxy):
     def __float__(self) -> float:
         return float(self._decide(self.hint))
 
+    def __round__(self, *digits: int) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """NumPy computes with the value: it becomes part of the capture."""
+        if isinstance(self.hint, torch.Tensor):
+            raise NotImplementedError("it hands a tensor to NumPy")
+        return np.asarray(self._decide(self.hint), *args)
+
     def __len__(self) -> int:
         return len(self.hint)
 
@@ -121,7 +139,7 @@ class HintProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-class TensorProxy(HintProxy, torch.Tensor):
+class TensorProxy(HintProxy, torch.Tensor):  # type: ignore[misc]
     """A proxy that is a tensor: torch's argument parser looks into whatever says of itself that it is one.
 
     The tensor is on ``meta`` and nobody's business; every attribute and method is the proxy's.
@@ -133,7 +151,7 @@ class TensorProxy(HintProxy, torch.Tensor):
         with torch._C.DisableTorchFunction():
             return torch.empty(hint.shape, dtype=hint.dtype, device="meta").as_subclass(cls)
 
-    __class__ = property(lambda self: TensorProxy)  # type: ignore[assignment]
+    __class__ = property(lambda self: TensorProxy)
 
     def __getattribute__(self, name: str) -> Any:
         if name in _OWN or (name.startswith("__") and name.endswith("__")):

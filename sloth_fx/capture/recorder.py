@@ -6,6 +6,7 @@ instead of computing, so captures in one thread do not meet models that run in a
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,8 +37,7 @@ _FACTORIES = frozenset(
 )
 _IN_PLACE = frozenset(
     getattr(operator, name)
-    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
-    + ("iand", "ior", "ixor")
+    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "iand", "ior", "ixor")
 )
 
 
@@ -46,12 +46,21 @@ class Recorder(HintTracer):
 
     With ``follow_types`` the dtypes and devices that the code reads are nodes; without, they are constants, for code
     that hands them to functions like ``torch.finfo``, which accept no proxy. After :meth:`record`, ``type_steered``
-    tells whether a branch or a number was taken from one of them.
+    tells whether a branch or a number was taken from one of them. ``is_leaf`` says which modules below the owner become
+    a node when they are called (default: all).
     """
 
-    def __init__(self, skeleton: Skeleton, owner: nn.Module, *, follow_types: bool = True) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        owner: nn.Module,
+        *,
+        follow_types: bool = True,
+        is_leaf: Callable[[nn.Module], bool] = lambda module: True,
+    ) -> None:
         super().__init__(follow_types=follow_types)
         self.owner = owner
+        self.is_leaf = is_leaf
         self.mode = skeleton.mode
         self.graph = fx.Graph(tracer_cls=Recorder)
         self.root, self.attributes = self._stand_in(owner)
@@ -71,10 +80,10 @@ class Recorder(HintTracer):
         return self.graph
 
     def _stand_in(self, owner: nn.Module) -> tuple[nn.Module, dict[int, str]]:
-        """A copy of ``owner`` over the same tensors whose children, when called, become nodes."""
+        """A copy of ``owner`` over the same tensors whose leaves, when called, become nodes."""
         root = copy_module(owner, lambda tensor: tensor)
         for path, child in root.named_modules():
-            if path:
+            if path and self.is_leaf(child):
                 child.forward = self._leaf(path)
         return root, {id(tensor): name for name, tensor in _named_tensors(root)}
 
@@ -103,6 +112,9 @@ class Recorder(HintTracer):
             return self.attribute(a).node
         if isinstance(a, np.generic):  # its repr is no code that the generated function could run
             return a.item()
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):  # what models return
+            fields = {field.name: getattr(a, field.name) for field in dataclasses.fields(a) if field.init}
+            return self.create_node("call_function", type(a), (), self.create_arg(fields))
         return super().create_arg(a)
 
     def attribute(self, tensor: torch.Tensor) -> Any:
@@ -148,9 +160,8 @@ class _Recording(TorchFunctionMode):
         if func is F.multi_head_attention_forward:  # its projections and its attention are what matters
             with _Recording(self.recorder):
                 return _multi_head_attention(*args, **kwargs)
-        leaves = tree_leaves((args, kwargs))
         attributes = self.recorder.attributes
-        if any(map(is_proxy, leaves)) or not any(id(leaf) in attributes for leaf in leaves):
+        if not any(id(leaf) in attributes for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)  # with proxies on to Proxy.__torch_function__; else a hint is being read
         args, kwargs = tree_map(
             lambda leaf: self.recorder.attribute(leaf) if id(leaf) in attributes else leaf, (args, kwargs)
@@ -186,7 +197,8 @@ def _substitute(value: Any, proxies: Iterator[Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return next(proxies)
     if isinstance(value, (list, tuple)):
-        return type(value)(_substitute(item, proxies) for item in value)
+        items = [_substitute(item, proxies) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: _substitute(item, proxies) for key, item in value.items()}
     return value

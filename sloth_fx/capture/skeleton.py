@@ -42,13 +42,21 @@ class Skeleton:
         return nn.Parameter(like, requires_grad=False) if isinstance(tensor, nn.Parameter) else like
 
     def fake_inputs(self, inputs: Any) -> Any:
-        """``inputs`` (nested tuples, lists and dicts) with every tensor made fake."""
+        """``inputs`` (nested tuples, lists and dicts) with every tensor made fake: one that occurs twice, once."""
+        return self._fake_inputs(inputs, {})
+
+    def _fake_inputs(self, inputs: Any, made: dict[int, torch.Tensor]) -> Any:
         if isinstance(inputs, torch.Tensor):
-            return inputs if isinstance(inputs, FakeTensor) and inputs.fake_mode is self.mode else self.fake(inputs)
+            if isinstance(inputs, FakeTensor) and inputs.fake_mode is self.mode:
+                return inputs
+            if id(inputs) not in made:
+                made[id(inputs)] = self.fake(inputs)
+            return made[id(inputs)]
         if isinstance(inputs, (list, tuple)):
-            return type(inputs)(self.fake_inputs(item) for item in inputs)
+            items = [self._fake_inputs(item, made) for item in inputs]
+            return type(inputs)(*items) if hasattr(inputs, "_fields") else type(inputs)(items)
         if isinstance(inputs, dict):
-            return {name: self.fake_inputs(item) for name, item in inputs.items()}
+            return {name: self._fake_inputs(item, made) for name, item in inputs.items()}
         return inputs
 
     @contextmanager

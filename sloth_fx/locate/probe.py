@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sloth_fx.capture.host_functions import HostCall, HostFunction, intercept
-from sloth_fx.errors import SlothError
+from sloth_fx.errors import RefusedInputsError
 from sloth_fx.locate.places import Places, spread, varies
 from sloth_fx.locate.provenance import Provenance, Scores, Source, places_of, set_places
 
@@ -106,7 +106,7 @@ class Probe(TorchFunctionMode):
         except _SeenEnough:
             pass
         except Exception as error:
-            raise SlothError(
+            raise RefusedInputsError(
                 f"{type(stage.model).__name__} does not run on these inputs ({_shapes(args, kwargs)}): "
                 f"{type(error).__name__}: {_first_line(error)}; example_inputs= takes others"
             ) from error

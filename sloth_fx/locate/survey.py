@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from sloth_fx.capture.call import read_call
 from sloth_fx.capture.capture import Call, fingerprint
 from sloth_fx.capture.skeleton import Rehearsal, Skeleton
-from sloth_fx.errors import SlothError
+from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.locate.probe import Probe
 from sloth_fx.locate.resize import resized_calls
 from sloth_fx.locate.sites import locate
@@ -61,7 +61,7 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     try:
         args, kwargs = _small_ones_real(skeleton, call)
         probe = Probe(skeleton, args, kwargs, _followed(arguments, args, kwargs))
-    except SlothError as refusal:
+    except RefusedInputsError as refusal:
         if not _steered_by_values(refusal):
             raise
         probe = _rehearsed(model, arguments, call, refusal)
@@ -216,7 +216,7 @@ def _probe_resized(
     for call, size in resized_calls(adapter, arguments, fake_call, latent.size, skeleton.fake):
         try:
             probe = Probe(skeleton, *call, _followed(arguments, *call), until)
-        except SlothError:
+        except RefusedInputsError:
             continue
         return probe, Latent(latent.axes, size)
     return None

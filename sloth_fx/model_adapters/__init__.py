@@ -2,6 +2,15 @@
 
 from sloth_fx.model_adapters.adapter import Inputs, ModelAdapter
 from sloth_fx.model_adapters.arguments import Arguments, latent_size
-from sloth_fx.model_adapters.registry import adapter_for, register_adapter
+from sloth_fx.model_adapters.registry import adapter_for, is_known, register_adapter, trial_call
 
-__all__ = ["Arguments", "Inputs", "ModelAdapter", "adapter_for", "latent_size", "register_adapter"]
+__all__ = [
+    "Arguments",
+    "Inputs",
+    "ModelAdapter",
+    "adapter_for",
+    "is_known",
+    "latent_size",
+    "register_adapter",
+    "trial_call",
+]

@@ -95,10 +95,8 @@ ADAPTERS = {
         },
     ),
     "HunyuanDiT2DModel": family("bchw", trial=HUNYUAN_DIT_SIZES, values=HUNYUAN_DIT),
-    "HunyuanImageTransformer2DModel": family(
-        "bchw",
-        values={"timestep_r": "batch if use_meanflow"},
-    ),
+    # The second text is left out: with it, the model sorts tokens by what its masks say.
+    "HunyuanImageTransformer2DModel": family("bchw", values={"timestep_r": "batch if use_meanflow"}),
     "JoyImageEditTransformer3DModel": video(trial={"frames": 2}),
     "JoyImageEditPlusTransformer3DModel": family(
         "bnc___",

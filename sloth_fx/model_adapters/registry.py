@@ -12,7 +12,7 @@ from torch import nn
 from sloth_fx.checks import unknown
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import audio, controlnet, image, packed, packed_video, unet, video
-from sloth_fx.model_adapters.adapter import ModelAdapter
+from sloth_fx.model_adapters.adapter import Inputs, ModelAdapter
 from sloth_fx.model_adapters.parameters import PARAMETERS
 from sloth_fx.model_adapters.trial import Size, Trial, TrialInputs, config_of
 
@@ -62,21 +62,46 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     """The adapter registered for the class of ``model`` or a base of it, or the built-in one.
 
     Where there is none, or it leaves the timestep or the trial inputs open, they are read off the signature of forward
-    and the config.
+    and the config. A latent of which something says how its tokens lie is packed.
     """
-    names = [base.__name__ for base in type(model).__mro__]
-    found = next((known[name] for name in names for known in (_registered, BUILT_IN) if name in known), None)
     parameters = list(inspect.signature(model.forward).parameters)
-    adapter = found if found is not None else _read_off(parameters)
+    adapter = _described(model) or _read_off(parameters)
+    if adapter.axes is None and (adapter.ids or adapter.shapes or adapter.sizes) is not None:
+        adapter = replace(adapter, axes="bnc")
     if adapter.timestep is None:
         adapter = replace(adapter, timestep=next((name for name in _TIMESTEP_NAMES if name in parameters), None))
     if adapter.inputs is None and config_of(model):
-        axes = adapter.axes or _axes_of(model, adapter)
+        axes = adapter.axes or _axes_of(model)
         sizes: dict[str, Size] = {"frames": 3} if "t" in axes or adapter.sizes == _SIZE_NAMES else {}
         if levels := Trial(model, {}).field("block_out_channels"):
             sizes |= {"height": 8 << len(levels), "width": 12 << len(levels)}
         adapter = replace(adapter, inputs=TrialInputs(adapter.latent, axes, PARAMETERS, sizes=sizes))
     return adapter
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the class of ``model``, or a base of it, has an adapter of its own."""
+    return _described(model) is not None
+
+
+def trial_call(model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[()], Inputs] | None:
+    """(args, kwargs) for a trial run of ``model``; ``None`` where nobody knows what it takes.
+
+    Raises :class:`SlothError` where the adapter of a known class fails to make them.
+    """
+    if adapter.inputs is None:
+        return None
+    try:
+        return (), adapter.inputs(model)
+    except SlothError:
+        if is_known(model):
+            raise
+        return None
+
+
+def _described(model: nn.Module) -> ModelAdapter | None:
+    names = [base.__name__ for base in type(model).__mro__]
+    return next((known[name] for name in names for known in (_registered, BUILT_IN) if name in known), None)
 
 
 def _read_off(parameters: list[str]) -> ModelAdapter:
@@ -90,10 +115,8 @@ def _read_off(parameters: list[str]) -> ModelAdapter:
     return ModelAdapter()
 
 
-def _axes_of(model: nn.Module, adapter: ModelAdapter) -> str:
+def _axes_of(model: nn.Module) -> str:
     """The axes of the latent to try a model with that nobody has described."""
-    if (adapter.ids or adapter.shapes or adapter.sizes) is not None:
-        return "bnc"
     if any(word in type(model).__name__ for word in _FILMS):
         return "bcthw"
     convolved = (axes for module in model.modules() for kind, axes in _CONVOLVED.items() if isinstance(module, kind))

@@ -33,6 +33,7 @@ Size: TypeAlias = int | str | Callable[["Trial"], int]
 
 LATENT_CHANNELS = "in_channels|in_visual_dim|in_dim|io_channels|latent_channel|latent_dim|out_channels"
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _AXES = {"b": "batch", "t": "time", "h": "height", "w": "width", "n": "tokens"}
 _SIZES: dict[str, Size] = {
     "batch": 2,
@@ -148,30 +149,24 @@ class TrialInputs:
         """Raises :class:`SlothError` where a parameter that the model needs is not known."""
         trial = Trial(model, self.sizes)
         parameters = inspect.signature(model.forward).parameters
-        latent = self.latent or next(iter(parameters))
+        latent = self.latent or next(iter(parameters), "")
         dimensions = " ".join(_AXES.get(axis, self.channels) for axis in self.axes)
         values = {**self.general, latent: dimensions, **self.values}
         inputs: Inputs = {}
         for name, parameter in parameters.items():
-            needed = parameter.default is parameter.empty and parameter.kind not in _VARIADIC
+            found, why = None, "nothing is known of it"
             try:
                 found = trial.value(values.get(name))
             except UnknownError as unknown:
-                found = None
                 why = f"the config has no {unknown}".replace("|", " or ")
-            else:
-                why = "nothing is known of it"
             if found is not None:
                 inputs[name] = found
-            elif needed and parameter.annotation is not bool:
+            elif parameter.default is parameter.empty and parameter.kind not in _VARIADIC:
                 raise SlothError(
                     f"{type(model).__name__}: what to give {name!r} in a trial run is not known ({why}); "
                     "give example_inputs, or register an adapter that makes inputs"
                 )
         return inputs
-
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def config_of(model: nn.Module) -> Any:

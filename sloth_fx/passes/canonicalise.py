@@ -20,6 +20,7 @@ from sloth_fx.passes.explicit import ExplicitAttention, explicit_attention
 from sloth_fx.passes.hosts import host_cores
 from sloth_fx.passes.masks import Mask, masks_of
 from sloth_fx.passes.outline import Outline
+from sloth_fx.passes.slices import join_slices
 from sloth_fx.passes.trial import refusal_at_other_sizes
 from sloth_fx.passes.views import call, from_canonical, to_canonical
 
@@ -33,6 +34,7 @@ def canonicalise(graph: fx.Graph) -> bool:
     _prepare(graph)
     for attention in explicit_attention(graph):
         changed = _outline(graph, attention) or changed
+    changed = join_slices(graph) or changed
     graph.eliminate_dead_code(has_effect)
     graph.lint()
     return changed

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from sloth_fx.passes.token_axis import Sizes, TokenAxes
-from sloth_fx.passes.walk import ahead, behind, carries, is_projection, name_of, projections, tensor_of
+from sloth_fx.passes.walk import ahead, behind, carries, is_projection, name_of, needed, projections, tensor_of
 
 _SUMS = frozenset({"add", "sub", "iadd", "isub", "add_", "sub_"})
 _PRODUCTS = frozenset({"mul", "imul", "mul_"})
@@ -71,7 +71,7 @@ def paths(end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Size
         for node in ours
         if axes.of(node) is not None and not any(parent in ours for parent in node.all_input_nodes)
     ]
-    if len(starts) != 1:
+    if len(starts) != 1 or _takes_factors(starts[0], sources, axes):  # rotated before it is theirs alone
         return []
     nodes = {node: None for node in ahead(starts) if node in own}
     rotations = _rotations(nodes, starts[0], owner, axes)
@@ -86,7 +86,11 @@ def paths(end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Size
 def is_rotated(end: fx.Node, owner: nn.Module, sizes: Sizes) -> bool:
     """Whether anything on the way to ``end`` takes a value for each token that does not come from the tokens."""
     sources = projections(end, owner)
-    axes, projected = TokenAxes(sizes, sources), ahead(sources)
+    return _takes_factors(end, sources, TokenAxes(sizes, sources))
+
+
+def _takes_factors(end: fx.Node, sources: list[fx.Node], axes: TokenAxes) -> bool:
+    projected = ahead(sources)
     return any(
         other not in projected and axes.of_operand(other, node) is not None
         for node in behind(end)
@@ -115,10 +119,10 @@ def _before_rotation(
     rotating = [node for node in nodes if any(parent in factors for parent in node.all_input_nodes)]
     for gate in sorted(nodes, reverse=True):
         after = {node: None for node in ahead([gate]) if node in nodes and node is not gate}
-        if axes.of(gate) and end in (gate, *after) and all(node in after for node in rotating):
-            ways = (parent for node in after for parent in node.all_input_nodes if parent in nodes)
-            if all(parent is gate or parent in after or not carries(parent) for parent in ways):
-                return _path(gate, nodes, rotations, axes)
+        leads = axes.of(gate) and end in (gate, *after) and all(node in after for node in rotating)
+        # Nothing may go round the gate, not even a size that was read above it.
+        if leads and not any(node in nodes and node not in after for node in needed(after, until=gate)):
+            return _path(gate, nodes, rotations, axes)
     return None
 
 
@@ -141,6 +145,9 @@ def _rotations(
             axis = axes.of_operand(other, node) if other not in nodes else None
             if axis is not None and factors.setdefault(other, axis) != axis:
                 return None
+    rotated = ahead(node for node in nodes if any(other in factors for other in node.all_input_nodes))
+    if any(node in rotated for node in needed(factors)):
+        return None
     return _grouped(factors, nodes)
 
 

@@ -34,6 +34,7 @@ class Outline:
         self.mask = mask
         self.extras: dict[fx.Node, str] = {}
         self._sizes: dict[fx.Node, tuple[str, int]] = {}
+        self._structure: tuple[str, ...] = ()
         self._operands = {"query": attention.query, "key": attention.key, "value": attention.value}
         self._known = {operand.node for operand in self._operands.values()}
         self._known |= {
@@ -69,6 +70,7 @@ class Outline:
 
     def function(self) -> Attend:
         """``attend(query, key, value, mask=None, **extras)``. Raises LookupError where it needs a module."""
+        self._structure = ()
         plain = self._generated()
         masked = self._generated(masked=True)
         own = self._generated(masked=True, own=True) if self.mask is not None else masked
@@ -80,6 +82,7 @@ class Outline:
             function = own if (mask.dtype is torch.bool) == own_is_boolean else masked
             return function(None, query, key, value, mask, **extras)  # type: ignore[no-any-return]
 
+        attend.sloth_fx_structure = self._structure  # type: ignore[attr-defined] # equal where two compute the same
         return core_function(attend)
 
     def _find_extras(self, node: fx.Node) -> None:
@@ -106,7 +109,20 @@ class Outline:
         return all(self._from_operands(each, left - 1) for each in node.all_input_nodes)
 
     def _generated(self, *, masked: bool = False, own: bool = False) -> Any:
-        return generate(_Body(self, self._operands, self._sizes, masked=masked, own=own).graph, "attention")
+        graph = _Body(self, self._operands, self._sizes, masked=masked, own=own).graph
+        self._structure += (_structure(graph),)
+        return generate(graph, "attention")
+
+
+def _structure(graph: fx.Graph) -> str:
+    """What a graph computes, without the names of its nodes."""
+    numbers = {node: index for index, node in enumerate(graph.nodes)}
+    return str(
+        [
+            (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), lambda each: f"%{numbers[each]}"))
+            for node in graph.nodes
+        ]
+    )
 
 
 def _made_from_sizes(node: fx.Node) -> bool:

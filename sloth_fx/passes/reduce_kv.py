@@ -31,6 +31,7 @@ from sloth_fx.passes.core import AttentionCore, attention_cores
 from sloth_fx.passes.key_path import Path, Rotation, is_rotated, paths
 from sloth_fx.passes.reduction import KeyValueReduction
 from sloth_fx.passes.token_axis import Sizes
+from sloth_fx.passes.walk import needed
 
 __all__ = ["LEVELS", "KeyValueReduction", "reduce_kv"]
 
@@ -98,14 +99,18 @@ def _reduce_path(
 
 
 def _reduce_rotation(graph: fx.Graph, name: str, rotation: Rotation, path: Path) -> None:
+    users = {factor: [user for user in factor.users if user in path.nodes] for factor in rotation.factors}
+    first = min(user for each in users.values() for user in each)
+    for node in needed(rotation.factors):  # hosts cut the sine to shape after they used the cosine
+        if first < node:
+            first.prepend(node)
     options: dict[str, Argument] = {"kind": rotation.kind, "axis": rotation.axis}
-    with graph.inserting_after(max(rotation.factors)):
+    with graph.inserting_before(first):
         reduced = graph.call_module(f"{name}.rotation", rotation.factors, options)
-    for index, factor in enumerate(rotation.factors):
-        with graph.inserting_after(reduced):
-            new = graph.call_function(operator.getitem, (reduced, index))
-        for user in [user for user in factor.users if user in path.nodes]:
-            user.replace_input_with(factor, new)
+        new = [graph.call_function(operator.getitem, (reduced, index)) for index in range(len(users))]
+    for factor, instead in zip(rotation.factors, new, strict=True):
+        for user in users[factor]:
+            user.replace_input_with(factor, instead)
 
 
 def _reduce_at_core(
@@ -141,15 +146,18 @@ def _current(graph: fx.Graph, core: AttentionCore) -> AttentionCore:
 
 
 def _place(to_key: Path | None, to_value: Path | None, picked: bool) -> str:
-    spared = [str(path.above.target) for path in (to_key, to_value) if path is not None and path.above is not None]
-    if len(spared) == 2:
-        where = "above " + ", ".join(spared)
-    elif picked and to_value is not None:
-        where = f"above {spared[0]}" if spared else "below the projection"
-    elif to_key is not None and to_value is not None:
-        where = "below the projection"
-    else:
+    if to_key is not None and to_value is not None and to_key.above is not None and to_value.above is not None:
+        where = f"above {to_key.above.target}, {to_value.above.target}"
+    elif to_key is None and to_value is None:
         where = "at the attention's keys and values"
+    else:
+        where = ", ".join(dict.fromkeys((_where(to_key, "keys"), _where(to_value, "values"))))
     if picked:
         return f"{where}; keys: one in each window (their rotation is not recognised)"
     return f"{where}; keys rotated at the centre of their window" if to_key is not None and to_key.rotations else where
+
+
+def _where(path: Path | None, what: str) -> str:
+    if path is None:
+        return f"at the attention's {what}"
+    return f"above {path.above.target}" if path.above is not None else "below the projection"

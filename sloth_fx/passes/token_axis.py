@@ -71,11 +71,17 @@ class TokenAxes:
 
 
 def _moved(node: fx.Node, axis: int, ndim: int) -> int | None:
-    """Where a transposition moves an axis."""
-    dims = [arg for arg in node.args[1:] if isinstance(arg, int)] or list(node.args[1] if len(node.args) > 1 else ())  # type: ignore[arg-type]
+    """Where a transposition moves an axis; ``None`` for anything else."""
+    if name_of(node) not in ("permute", "transpose", "swapaxes", "swapdims"):
+        return None
+    given = [*node.args[1:], *node.kwargs.values()]
+    dims: list[int] = [
+        dim % ndim
+        for each in given
+        for dim in (each if isinstance(each, (tuple, list)) else [each])
+        if isinstance(dim, int)
+    ]
     if name_of(node) == "permute":
-        return [dim % ndim for dim in dims].index(axis)
-    if name_of(node) in ("transpose", "swapaxes", "swapdims"):
-        one, other = (dim % ndim for dim in dims)
-        return {one: other, other: one}.get(axis, axis)
-    return None
+        return dims.index(axis)
+    one, other = dims
+    return other if axis == one else one if axis == other else axis

@@ -39,6 +39,18 @@ def ahead(starts: Iterable[fx.Node]) -> dict[fx.Node, None]:
     return dict.fromkeys(sorted(found))
 
 
+def needed(ends: Iterable[fx.Node], until: fx.Node | None = None) -> list[fx.Node]:
+    """``ends`` and all that has to run before them, sizes too, but for what only ``until`` needs; in order."""
+    found: dict[fx.Node, None] = {}
+    waiting = list(ends)
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node is not until:
+            found[node] = None
+            waiting.extend(node.all_input_nodes)
+    return sorted(found)
+
+
 def projections(end: fx.Node, owner: nn.Module) -> list[fx.Node]:
     """The last linear layers on the ways to ``end``: one for each stream of tokens, or one for all."""
     found = [node for node in behind(end) if is_projection(node, owner)]

@@ -175,6 +175,48 @@ class AddedByProduct(Projections):
         return out.view(batch, HEADS, tokens, -1).transpose(1, 2).flatten(2)
 
 
+class SlicedSamples(Projections):
+    """Two samples (heads folded) at a time, written into a buffer: the last slice is shorter."""
+
+    def forward(self, x, mask=None):
+        q, k, v = (self.heads(t).flatten(0, 1)[:5] for t in self.project(x))
+        bias = None if mask is None else torch.where(mask, 0.0, -10000.0).repeat_interleave(HEADS, 0)[:5, None]
+        out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+        for start in range(0, q.shape[0], 2):
+            part = slice(start, start + 2)
+            scores = torch.einsum("bid,bjd->bij", q[part], k[part]) * SCALE
+            if bias is not None:
+                scores += bias[part]
+            out[part] = torch.einsum("bij,bjd->bid", scores.softmax(dim=-1), v[part])
+        return out
+
+
+class SlicedQueries(Projections):
+    """Three queries at a time, concatenated."""
+
+    def forward(self, x, mask=None):
+        q, k, v = map(self.heads, self.project(x))
+        if mask is not None:
+            mask = mask[:, None, None].expand(-1, 1, q.shape[2], -1)
+        parts = []
+        for start in range(0, q.shape[2], 3):
+            part = q[:, :, start : start + 3]
+            hidden = mask if mask is None else mask[:, :, start : start + 3]
+            parts.append(F.scaled_dot_product_attention(part, k, v, attn_mask=hidden))
+        return torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
+
+
+class MultiHead(nn.Module):
+    """``nn.MultiheadAttention``, called as hosts call it."""
+
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=batch_first)
+
+    def forward(self, x):
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
 EXPLICIT = [
     LatentDiffusion,
     GuidedDiffusion,

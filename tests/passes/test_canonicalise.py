@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
 from sloth_fx.capture import Skeleton, capture
 from sloth_fx.capture.generate import generate
@@ -108,3 +109,67 @@ def test_a_mask_is_the_cores(kind):
     assert core.mask is not None
     boolean = kind in (spellings.LatentDiffusion, spellings.Chosen)
     assert core.mask.meta["hint"].dtype is (torch.bool if boolean else torch.float32)
+
+
+@pytest.mark.parametrize("kind", [spellings.SlicedSamples, spellings.SlicedQueries])
+@pytest.mark.parametrize("masked", [False, True])
+def test_slices_are_one_attention(kind, masked):
+    module = kind().eval()
+    inputs = [torch.randn(B, N, CHANNELS)]
+    if masked:
+        inputs.append(torch.rand(B, N) > 0.5)
+        inputs[1][:, 0] = True
+    core, function = canonical(module, *inputs)
+    assert torch.equal(function(module, *inputs), module(*inputs))
+    assert core.refusal is None
+    assert (core.mask is not None) is masked
+    query, key, value = others(core)
+    mask = torch.rand(*query.shape[:-2], 4, 9) > 0.4
+    mask[..., 0] = True
+    for given in ((), (mask,)):
+        out = core.attend(query, key, value, *given, **options(core, module, *inputs))
+        assert torch.allclose(out.double(), by_hand(query, key, value, HEAD_DIM**-0.5, *given), atol=1e-5)
+
+
+class Differential(spellings.Projections):
+    """Slices that overlap are no slices of one attention."""
+
+    def forward(self, x):
+        q, k, v = map(self.heads, self.project(x))
+        parts = [F.scaled_dot_product_attention(q[:, :, a:b], k, v) for a, b in ((0, 4), (3, 7))]
+        return torch.cat(parts, dim=2)
+
+
+def test_what_is_no_slice_stays():
+    module, x = Differential(), torch.randn(B, N, CHANNELS)
+    graph = captured(module, x).graph
+    assert not canonicalise(graph)
+    assert len(attention_cores(graph)) == 2
+    assert torch.equal(generate(graph, "test")(module, x), module(x))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multi_head_attention_is_opened(batch_first):
+    module = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=batch_first).eval()
+    query, keys = torch.randn(B, N, CHANNELS), torch.randn(B, 5, CHANNELS)
+    if not batch_first:
+        query, keys = query.transpose(0, 1), keys.transpose(0, 1)
+    skeleton = Skeleton(module)
+    call = skeleton.fake_inputs(((query, keys, keys), {"need_weights": False}))
+    result = capture(skeleton, skeleton.model, call, None)
+    canonicalise(result.graph)
+    (core,) = attention_cores(result.graph)
+    assert core.query.meta["hint"].shape == (B, HEADS, N, HEAD_DIM)
+    assert core.key.meta["hint"].shape == (B, HEADS, 5, HEAD_DIM)
+    assert result.inexact  # whether two arguments are the same tensor changes how the host projects them
+    out, weights = generate(result.graph, "test")(module, query, keys, keys)
+    assert weights is None
+    assert torch.allclose(out, module(query, keys, keys, need_weights=False)[0], atol=1e-6)
+    values = keys + 0
+    skeleton = Skeleton(module)
+    call = skeleton.fake_inputs(((query, keys, values), {"need_weights": False}))
+    result = capture(skeleton, skeleton.model, call, None)
+    assert result.inexact is batch_first
+    canonicalise(result.graph)
+    out, _ = generate(result.graph, "test")(module, query, keys, values)
+    assert torch.equal(out, module(query, keys, values, need_weights=False)[0])

@@ -22,21 +22,22 @@ _GLOBAL_RATIO = 0.5
 
 
 @dataclass(frozen=True)
-class Until:
-    """Everything until ``end``, and nothing from there on."""
+class Between:
+    """Everything while the run is between two moments, and nothing outside."""
 
+    start: float
     end: float
     clock = "progress"
 
     def ratio(self, moment: Moment) -> float:
-        return 1.0 if moment.progress < self.end else 0.0
+        return 1.0 if self.start <= moment.progress < self.end else 0.0
 
 
+REDUCING, NEUTRAL, TILING = 0.1, 0.5, 0.9  # moments
 _EVERYWHERE = Reduction(rate=_RATE, depth_decay=0.0)
-# Both do nothing from half the run on.
-REDUCE = SlothfulAttention(in_=_EVERYWHERE, out=_EVERYWHERE, schedule=Until(0.5), keep_middle=False)
+REDUCE = SlothfulAttention(in_=_EVERYWHERE, out=_EVERYWHERE, schedule=Between(0.0, 0.3), keep_middle=False)
 TILE = NearSightedTile(
-    tile_size=4096, peak_tile_size=_TILE, global_ratio=_GLOBAL_RATIO, max_depth=8, schedule=Until(0.5)
+    tile_size=4096, peak_tile_size=_TILE, global_ratio=_GLOBAL_RATIO, max_depth=8, schedule=Between(0.7, 1.1)
 )
 
 

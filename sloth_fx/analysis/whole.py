@@ -1,0 +1,88 @@
+"""The graph of a whole model, with nothing but modules of ``torch.nn`` as leaves.
+
+Nothing is rewritten in it: modules in between carry other people's hooks. It serves to see what depends on what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sloth_fx.capture.call import labelled_tensors, read_call
+from sloth_fx.capture.generate import generate
+from sloth_fx.capture.recorder import Recorder
+from sloth_fx.capture.skeleton import Skeleton, quiet
+from sloth_fx.errors import SlothError
+from sloth_fx.passes.canonicalise import canonicalise
+
+
+@dataclass(frozen=True)
+class WholeGraph:
+    """A model's forward as one graph, for one pattern of call.
+
+    ``inputs`` are the placeholders by the names of the arguments whose tensors they stand for. ``function(model,
+    *tensors)`` runs the graph. Sizes, dtypes and devices are those of the example wherever they decided a branch.
+    """
+
+    graph: fx.Graph
+    function: Callable[..., Any]
+    inputs: dict[str, fx.Node]
+    pattern: tuple[Any, ...]
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What ``model(*args, **kwargs)`` returns. Raises :class:`SlothError` for another pattern of call."""
+        pattern, tensors = read_call(args, kwargs)
+        if pattern != self.pattern:
+            raise SlothError(f"the graph of {type(model).__name__} was captured for another kind of call: {self.pattern}")
+        return self.function(model, *tensors)
+
+
+def whole_graph(model: nn.Module, *args: Any, canonical: bool = True, **kwargs: Any) -> WholeGraph:
+    """Capture ``model(*args, **kwargs)``, of which only shapes matter, as one graph.
+
+    ``canonical`` makes every attention in it a core. Raises :class:`SlothError` with the reason where the model cannot
+    be captured.
+    """
+    skeleton = Skeleton(model)
+    call = skeleton.fake_inputs((args, kwargs))
+    try:
+        with quiet():
+            recorder = _record(skeleton, call)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise SlothError(
+            f"{type(model).__name__} cannot be captured as a whole: {type(error).__name__}: "
+            f"{reason[0] if reason else 'no message'}"
+        ) from error
+    graph = recorder.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = [name for name, _ in labelled_tensors(model.forward, *call)]
+    if canonical:
+        canonicalise(graph)
+    return WholeGraph(
+        graph=graph,
+        function=generate(graph, type(model).__name__),
+        inputs=dict(zip(names, placeholders, strict=True)),
+        pattern=read_call(args, kwargs)[0],
+    )
+
+
+def _record(skeleton: Skeleton, call: tuple[Any, Any]) -> Recorder:
+    for follow_types in (True, False):
+        recorder = Recorder(skeleton, skeleton.model, follow_types=follow_types, is_leaf=_is_leaf)
+        try:
+            recorder.record(*call)
+            break
+        except Exception:  # perhaps a proxy where only a real dtype or device will do
+            if not follow_types:
+                raise
+    return recorder
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Modules of torch that contain no others: what ``nn.Sequential`` and ``nn.MultiheadAttention`` do is of interest."""
+    return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())

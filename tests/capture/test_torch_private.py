@@ -1,0 +1,36 @@
+"""The names of torch that have no public spelling: if one of them moves, this says so."""
+
+import torch
+import torch.nn.functional as F
+
+from sloth_fx.capture.torch_private import in_vmap, undispatched
+
+
+def test_vmap_is_recognised():
+    seen = []
+
+    class Watched(torch.Tensor):
+        def dim(self):
+            seen.append(in_vmap(1))
+            return super().dim()
+
+    torch.vmap(lambda x: x * 2)(torch.randn(3, 5).as_subclass(Watched))
+    Watched.dim(torch.randn(3, 5).as_subclass(Watched))
+    assert seen[0]
+    assert not seen[-1]
+
+
+def test_a_functions_own_code_runs_for_tensors_with_a_torch_function():
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    seen = []
+    x = torch.randn(3, 5).as_subclass(Watched)
+    assert torch.equal(undispatched(F.multi_head_attention_forward).__code__.co_consts is not None and F.relu(x), F.relu(x))
+    seen.clear()
+    out = undispatched(F.layer_norm)(x, (5,))
+    assert torch.allclose(out, F.layer_norm(x, (5,)))
+    assert F.layer_norm not in seen[:1]
