@@ -17,6 +17,7 @@ from naive import Naive, Node, finish, heads, joined
 from torch import Tensor, nn
 
 from sloth_fx.report import SiteReport
+from sloth_fx.site import LatentSize
 
 
 class NotApplicableError(Exception):
@@ -140,10 +141,10 @@ def is_joint(attn: Any) -> bool:
 
 
 def grid_of(site: SiteReport, latent: tuple[int, int]) -> tuple[int, int]:
-    grid = site.grid_at(latent)
+    grid = site.grid_at(LatentSize(1, *latent))
     if grid is None:
-        raise NotApplicableError("its grid is not known")
-    return grid
+        raise NotApplicableError(f"the grid of its {site.q_tokens} tokens is not known")
+    return grid[1:]
 
 
 def with_algorithm(

@@ -256,9 +256,17 @@ class Owner(nn.Module):
         return self.inner(latent)
 
 
+class Backwards(Tokens):
+    """Its tokens are in an order that is no grid."""
+
+    def forward(self, latent):
+        tokens = self.patch(latent).flatten(2).mT.flip(1)
+        return F.scaled_dot_product_attention(*self.qkv(tokens).unsqueeze(1).chunk(3, -1))
+
+
 def test_tokens_without_a_grid():
-    message = refused(Owner(1), example_inputs=(torch.zeros(2, 4, 8, 12),))
-    says(message, "inner", "25 tokens", "grid", "where=")
+    message = refused(Backwards(0), example_inputs=(torch.zeros(2, 4, 8, 12),))
+    says(message, "24 tokens", "grid", "SlothfulAttention")
 
 
 def test_tokens_that_do_not_fit_the_grid():
@@ -280,13 +288,6 @@ def test_a_site_that_cannot_be_captured():
     model = models.sdxl()
     models.blind(model)
     says(refused(model), models.BLIND, "Attention", "cannot be captured", "no parameter, buffer or attribute")
-
-
-def test_masked_attention():
-    model = models.one_level()
-    values = {**models.inputs(model, 2, 8, 12), "attention_mask": torch.ones(2, 96)}
-    models.run(model, values)
-    says(refused(model, example_inputs=values), "masked", "down_blocks.0.attentions.0.transformer_blocks.0.attn1")
 
 
 # Context

@@ -41,22 +41,32 @@ def test_reduction_moves_to_the_core_where_reshapes_count_queries():
 class Masked(FixedReshape):
     def forward(self, x):
         q, k, v = (self.heads(each(x)) for each in (self.to_q, self.to_k, self.to_v))
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def test_masked_attention_is_refused_by_name():
-    model = Denoiser(Masked())
-    with pytest.raises(sloth_fx.SlothError, match=r"attention: .*masked or causal"):
-        sloth_fx.transform(model, sloth_fx.SlothfulAttention(), example_inputs=(torch.randn(2, 4, 9, 11),))
-    patched = sloth_fx.transform(
-        model, sloth_fx.SlothfulAttention(), example_inputs=(torch.randn(2, 4, 9, 11),), strict=False
+class Causal(FixedReshape):
+    def forward(self, x):
+        q, k, v = (self.heads(each(x)) for each in (self.to_q, self.to_k, self.to_v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("attention", [Masked, Causal])
+def test_masks_are_reduced_with_the_keys(attention):
+    model, x = Denoiser(attention()), torch.randn(2, 4, 9, 11)
+    spec = sloth_fx.SlothfulAttention(in_=sloth_fx.Reduction(rate=4.0), schedule=sloth_fx.Constant())
+    patched = sloth_fx.transform(model, spec, example_inputs=(x,))
+    q, k, v = (
+        to(model.enter(x).flatten(2).transpose(1, 2)).unflatten(-1, (2, 6)).transpose(1, 2).double()
+        for to in (model.attention.to_q, model.attention.to_k, model.attention.to_v)
     )
-    (site,) = sloth_fx.report(patched)
-    assert site.operators == ()
-    assert "masked" in site.note
-    x = torch.randn(2, 4, 9, 11)
-    assert torch.equal(patched(x), model(x))
+    picked = [row * 11 + column for row in range(0, 9, 2) for column in range(0, 11, 2)]
+    scores = q @ k[:, :, picked].mT / 6**0.5
+    scores = scores.masked_fill(torch.tensor(picked) > torch.arange(99)[:, None], -torch.inf)
+    tokens = (scores.softmax(-1) @ v[:, :, picked]).transpose(1, 2).flatten(2).float()
+    expected = model.leave(tokens.transpose(1, 2).reshape(2, CHANNELS, 9, 11))
+    assert torch.allclose(patched(x), expected, atol=1e-6)
+    assert not torch.allclose(model(x), expected, atol=1e-3)
 
 
 class Dropout(FixedReshape):
@@ -108,20 +118,20 @@ def test_a_concatenation_before_the_blocks_is_no_skip_connection():
     assert [site.stage for site in report] == stages
 
 
-def test_sites_without_a_grid_are_left_alone_unless_strict():
+def test_sites_without_a_grid_are_left_alone_unless_they_are_named():
     class Both(torch.nn.Module):
         """Attention over the image, and over rows of tokens that no feature map has."""
 
         def __init__(self):
             super().__init__()
-            self.image, self.other = Denoiser(Masked.__mro__[1]()), FixedReshape()
+            self.image, self.other = Denoiser(FixedReshape()), FixedReshape()
 
         def forward(self, x):
             return self.image(x) + self.other(torch.ones(2, 17, CHANNELS)).mean()
 
-    spec, x = sloth_fx.SlothfulAttention(), torch.randn(2, 4, 9, 11)
+    x = torch.randn(2, 4, 9, 11)
     with pytest.raises(sloth_fx.SlothError, match=r"other: .* grid of its 17 tokens is unknown"):
-        sloth_fx.transform(Both(), spec, example_inputs=(x,))
-    report = sloth_fx.report(sloth_fx.transform(Both(), spec, example_inputs=(x,), strict=False))
+        sloth_fx.transform(Both(), sloth_fx.SlothfulAttention(where="self"), example_inputs=(x,))
+    report = sloth_fx.report(sloth_fx.transform(Both(), sloth_fx.SlothfulAttention(), example_inputs=(x,)))
     assert [site.operators for site in report] == [("SlothfulAttention",), ()]
     assert "unknown" in report.sites[1].note

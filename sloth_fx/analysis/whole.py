@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from sloth_fx.capture.call import labelled_tensors, read_call
@@ -37,7 +36,9 @@ class WholeGraph:
         """What ``model(*args, **kwargs)`` returns. Raises :class:`SlothError` for another pattern of call."""
         pattern, tensors = read_call(args, kwargs)
         if pattern != self.pattern:
-            raise SlothError(f"the graph of {type(model).__name__} was captured for another kind of call: {self.pattern}")
+            raise SlothError(
+                f"the graph of {type(model).__name__} was captured for another kind of call: {self.pattern}"
+            )
         return self.function(model, *tensors)
 
 

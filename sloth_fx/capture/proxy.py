@@ -84,7 +84,7 @@ class HintProxy(fx.Proxy):
             raise AttributeError(name)
         if isinstance(hint, torch.Tensor):
             if name in _CONCRETE:
-                if name == "dim" and in_vmap():
+                if name == "dim" and in_vmap(3):
                     raise NotImplementedError("it uses torch.vmap, which takes real tensors")
                 return getattr(hint, name)
             if name in ("dtype", "device") and not self.tracer.follow_types:

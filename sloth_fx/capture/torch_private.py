@@ -9,10 +9,7 @@ from typing import Any
 
 
 def in_vmap(frames: int = 2) -> bool:
-    """Whether the caller of the caller is ``torch.vmap``, which hands its tensors to native code.
-
-    A proxy there would end the process, not raise.
-    """
+    """Whether ``torch.vmap``, which hands its tensors to native code, is ``frames`` calls above."""
     return sys._getframe(frames).f_globals.get("__name__") == "torch._functorch.vmap"
 
 

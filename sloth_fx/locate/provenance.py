@@ -125,6 +125,9 @@ class Provenance(TorchDispatchMode):
             _write(outputs[0], inputs[1])
         elif name.strip("_") in _PUTS:
             set_places(outputs[0], _put(*args[:3]))
+        elif name.strip("_") == "index_copy":
+            target, dim, index, value = args
+            set_places(outputs[0], _put(target, [*[None] * (dim % target.ndim), index], value))
         elif name in _FACTORIES:
             set_places(outputs[0], _buffer(outputs[0]))
         elif name == "convolution" or name.startswith(_SCALING):

@@ -17,7 +17,7 @@ from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.locate.probe import Probe
 from sloth_fx.locate.resize import resized_calls
 from sloth_fx.locate.sites import locate
-from sloth_fx.locate.tokens import Latent, guess_axes
+from sloth_fx.locate.tokens import LATENT, Latent, guess_axes
 from sloth_fx.model_adapters import Arguments, ModelAdapter
 from sloth_fx.site import AttentionSite, LatentSize
 
@@ -137,7 +137,10 @@ def _small_ones_real(skeleton: Skeleton, value: Any) -> Any:
 def _followed(arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The inputs that may become tokens: the latent, then text, then whatever else has tokens."""
     latent = arguments.latent(args, kwargs)
-    found = {"latent": latent} if isinstance(latent, torch.Tensor) else {}
+    found = {LATENT: latent} if isinstance(latent, torch.Tensor) else {}
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)) and value and value[0] is latent:  # one for each image
+            found |= {f"{LATENT}[{index}]": item for index, item in enumerate(value[1:], start=1)}
     found |= arguments.text(args, kwargs)
     for name, tensor in _named_tensors("", kwargs, args):
         if tensor.ndim >= 3 and tensor.is_floating_point() and not any(word in name for word in _NO_FEATURES):
@@ -160,7 +163,7 @@ def _named_tensors(prefix: str, kwargs: Mapping[str, Any], args: tuple[Any, ...]
 
 def _axes(probe: Probe) -> str:
     """The axes of the latent, from those along which the first attention finds its tokens."""
-    if not probe.sources or probe.sources[0].name != "latent":
+    if not probe.sources or probe.sources[0].name != LATENT:
         return ""
     latent = probe.sources[0]
     for event in probe.attentions:

@@ -13,6 +13,9 @@ from sloth_fx.locate.places import NOWHERE, Places
 from sloth_fx.locate.provenance import Source
 from sloth_fx.site import Kind, LatentSize
 
+LATENT = "latent"
+"""The name of the source that is the latent."""
+
 _Numbers = NDArray[np.int64]
 
 
@@ -65,12 +68,12 @@ def read_tokens(
     origin[row == NOWHERE] = -1
     named = [index for index, source in enumerate(sources) if source.name in text]
     words = np.isin(origin, named).nonzero()[0]
-    image = (origin == 0).nonzero()[0]
+    image = np.isin(origin, _latents(sources)).nonzero()[0]
     return Tokens(
         total,
-        _image_tokens(rows, image, sources[0], latent) if len(image) else None,
+        _image_tokens(rows, image, sources, latent) if len(image) else None,
         (int(words[0]), int(words[-1]) + 1) if _contiguous(words) else None,
-        frozenset(int(index) for index in np.unique(origin) if index >= 0),
+        frozenset(0 if index in _latents(sources) else int(index) for index in np.unique(origin) if index >= 0),
     )
 
 
@@ -84,12 +87,19 @@ def kind_of(query: Tokens, key: Tokens) -> Kind:
     return "temporal" if grid is not None and grid[1] * grid[2] == 1 and not all(whole[1:]) else "self"
 
 
-def _image_tokens(rows: Places, positions: _Numbers, source: Source, latent: Latent) -> ImageTokens:
+def _latents(sources: Sequence[Source]) -> list[int]:
+    """The latent comes first; where hosts take a list of them, one for each image, so do all of these."""
+    return [index for index, source in enumerate(sources) if index == 0 or source.name.startswith(f"{LATENT}[")]
+
+
+def _image_tokens(rows: Places, positions: _Numbers, sources: Sequence[Source], latent: Latent) -> ImageTokens:
     """The first image of those at ``positions``; where the host appends others, they are not the one to denoise."""
+    source = sources[0]
     start, stop = int(positions[0]), int(positions[-1]) + 1
     somewhere = ImageTokens(start, stop)
     everywhere = np.asarray(rows)
-    elsewhere = source.holds(everywhere) != source.holds(everywhere[:1])  # hosts may pack each sample on its own
+    held = np.any([sources[index].holds(everywhere) for index in _latents(sources)], axis=0)
+    elsewhere = held != held[:1]  # hosts may pack each sample on its own
     if not _contiguous(positions) or elsewhere.any():
         return somewhere
     coordinates = _coordinates(np.asarray(rows[0])[start:stop], source, latent)
@@ -101,10 +111,10 @@ def _image_tokens(rows: Places, positions: _Numbers, source: Source, latent: Lat
     expected = np.meshgrid(*levels, indexing="ij")
     if math.prod(grid) != count or any((a != b.ravel()).any() for a, b in zip(coordinates, expected, strict=True)):
         return somewhere
-    held = everywhere[:, start : start + count]
-    held = held[source.holds(held)]
-    all_levels = _sizes([np.unique(each) for each in _coordinates(held, source, latent) or coordinates])
-    whole = [mine == all_ for mine, all_ in zip(grid, all_levels, strict=True)]
+    all_rows = everywhere[:, start : start + count]
+    mine = all_rows[source.holds(all_rows)]
+    all_levels = _sizes([np.unique(each) for each in _coordinates(mine, source, latent) or coordinates])
+    whole = [here == all_ for here, all_ in zip(grid, all_levels, strict=True)]
     return ImageTokens(start, start + count, grid, (whole[0], whole[1], whole[2]), all_levels)
 
 
@@ -120,7 +130,7 @@ def _coordinates(places: Places, source: Source, latent: Latent) -> list[_Number
         if len(packed) < math.prod(latent.size):  # a part of them, or of other images
             return None
         return list(np.unravel_index(packed, tuple(latent.size)))
-    if len(np.unique(by_axis["b"][: len(places)])) > 1 and "t" not in by_axis:  # frames that the host calls a batch
+    if "b" in by_axis and "t" not in by_axis and len(np.unique(by_axis["b"])) > 1:  # frames that the host calls a batch
         by_axis["t"] = by_axis["b"]
     nothing = np.zeros(len(places), dtype=np.int64)
     return [by_axis.get(letter, nothing) for letter in "thw"]

@@ -40,6 +40,7 @@ def near_sighted_attention(
     query_place: Place = _ALONE,
     key_place: Place = _ALONE,
     attend: Attend = F.scaled_dot_product_attention,
+    within: Callable[[Attend, tuple[int, int]], Attend] | None = None,
     merge: str = "concat",
     scale: float | None = None,
     halves: int = 1,
@@ -65,6 +66,7 @@ def near_sighted_attention(
         query_place: where the image tokens lie among the queries.
         key_place: where they lie among the keys, which may hold others than the queries do.
         attend: the attention of one group of tiles, which become its batch.
+        within: makes of `attend` the attention of the tiles of (rows, columns).
         merge: "concat" attends once to both sets of keys. "lse" attends to each and merges the two by their
             log-sum-exp, without a copy of the samples for each tile; it ignores `attend`, takes no mask, and has no
             gradient.
@@ -99,12 +101,14 @@ def near_sighted_attention(
     far = _beside([[_repeat(x, halves if together else batch) for x in each] for each in (samples, others)])
     out = []
     for group, (q, *own) in enumerate(zip(queries.tiles, *local, strict=True)):
+        rows, columns = layout.groups()[group]
+        here = attend if within is None else within(attend, (rows.size, columns.size))
         q = _meet(q, halves) if together else q
         own = [_repeat(x, q.shape[0]) for x in own]
         if far and merge == "lse":
             result = _attend_merged(q, own, far, scale)
         else:
-            result = _attend_joined(q, own, far, attend, scale, masks.of_tiles(group))
+            result = _attend_joined(q, own, far, here, scale, masks.of_tiles(group))
         out.append(_part(result, batch) if together else result)
     image = paste(out, *layout.runs(), layout.frames).flatten(1, 3)
     if queries.others is None:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from sloth_fx.operators import KeyLayout, both_masks, causal_mask, near_sighted_attention
 from sloth_fx.passes.causal import causal_name, causal_of
 from sloth_fx.passes.core import Attend, AttentionCore, check_tokens
+from sloth_fx.passes.merging import Merging, with_merged_queries
 from sloth_fx.site import Place
 
 _MERGING_IS_FASTER = ("cpu",)  # docs/benchmarks.md; GPUs are not measured yet
@@ -27,7 +28,8 @@ class TiledAttention(nn.Module):
 
     Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H, and the host's mask, which
     broadcasts to (B, H, N, M) or (B*H, N, M). ``query_place`` and ``key_place`` tell where the image lies in sequences
-    with other tokens, ``border`` how its keys were pooled. ``site`` is named in errors.
+    with other tokens, ``border`` how its keys were pooled. With ``merging``, the queries are merged in each tile, or in
+    the whole grid where there are none. ``site`` is named in errors.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class TiledAttention(nn.Module):
         query_place: Place | None = None,
         key_place: Place | None = None,
         border: str = "keep",
+        merging: Merging | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.site = site
@@ -53,10 +57,17 @@ class TiledAttention(nn.Module):
         self.query_place = query_place or Place()
         self.key_place = key_place or Place()
         self.border = border
+        self.merging = merging
+        self.seed: Tensor
+        self.register_buffer("seed", torch.tensor(seed), persistent=False)
         self.halves = 1
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout, self.halves = layout, halves
+
+    def set_seed(self, seed: int) -> None:
+        """Choose other destinations from now on, where queries are merged."""
+        self.seed.fill_(seed)
 
     def forward(
         self,
@@ -65,10 +76,11 @@ class TiledAttention(nn.Module):
         value: Tensor,
         mask: Tensor | None = None,
         causal: bool = False,
+        rotated: bool = False,
         **options: Any,
     ) -> Tensor:
         layout = self.layout
-        if layout.tile is None:
+        if layout.tile is None and self.merging is None:
             if causal:
                 options[causal_name(self.attend)] = True
             return self.attend(query, key, value, *([] if mask is None else [mask]), **options)
@@ -90,6 +102,7 @@ class TiledAttention(nn.Module):
             query_place=self.query_place,
             key_place=self.key_place,
             attend=partial(self.attend if self.folded_heads is None else self._attend_folded, **options),
+            within=None if self.merging is None else partial(self._with_merged_queries, rotated=rotated),
             merge=merge,
             halves=self.halves,
             concat_local=self.concat_local,
@@ -102,9 +115,13 @@ class TiledAttention(nn.Module):
         faster, where it computes what the host asked for, and where no gradient is needed (it has none)."""
         if query.device.type not in _MERGING_IS_FASTER or self.attend is not F.scaled_dot_product_attention:
             return False
-        if mask is not None or options or self.folded_heads is not None:
+        if mask is not None or options or self.folded_heads is not None or self.merging is not None:
             return False
         return not (torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)))
+
+    def _with_merged_queries(self, attend: Attend, size: tuple[int, int], rotated: bool) -> Attend:
+        assert self.merging is not None
+        return with_merged_queries(attend, size, self.merging, self.seed, rotated)
 
     def _with_heads(self, mask: Tensor) -> Tensor:
         """(B, H, N, M), as far as the mask has these axes."""
@@ -122,12 +139,16 @@ class TiledAttention(nn.Module):
         return str(self.layout)
 
 
-def tile_queries(graph: fx.Graph, core: AttentionCore, name: str) -> str:
-    """Replace ``core`` by a call of ``self.<name>``, a :class:`TiledAttention`, and return where that is."""
+def tile_queries(graph: fx.Graph, core: AttentionCore, name: str, *, rotated: bool = False) -> str:
+    """Replace ``core`` by a call of ``self.<name>``, a :class:`TiledAttention`, and return where that is.
+
+    ``rotated`` tells it that its queries have a rotary embedding, so that merged ones have no mean.
+    """
     causal = causal_of(core)
     masks = (core.mask, causal) if causal is not False else (core.mask,) if core.mask is not None else ()
+    options = {**core.options, **({"rotated": True} if rotated else {})}
     with graph.inserting_before(core.node):
-        tiled = graph.call_module(name, (core.query, core.key, core.value, *masks), core.options)
+        tiled = graph.call_module(name, (core.query, core.key, core.value, *masks), options)
     core.node.replace_all_uses_with(tiled)
     graph.erase_node(core.node)
     graph.lint()

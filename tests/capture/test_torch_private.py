@@ -11,7 +11,7 @@ def test_vmap_is_recognised():
 
     class Watched(torch.Tensor):
         def dim(self):
-            seen.append(in_vmap(1))
+            seen.append(in_vmap())
             return super().dim()
 
     torch.vmap(lambda x: x * 2)(torch.randn(3, 5).as_subclass(Watched))
@@ -29,8 +29,8 @@ def test_a_functions_own_code_runs_for_tensors_with_a_torch_function():
 
     seen = []
     x = torch.randn(3, 5).as_subclass(Watched)
-    assert torch.equal(undispatched(F.multi_head_attention_forward).__code__.co_consts is not None and F.relu(x), F.relu(x))
+    expected = F.layer_norm(x, (5,))
+    assert seen[0] is F.layer_norm
     seen.clear()
-    out = undispatched(F.layer_norm)(x, (5,))
-    assert torch.allclose(out, F.layer_norm(x, (5,)))
-    assert F.layer_norm not in seen[:1]
+    assert torch.equal(undispatched(F.layer_norm)(x, (5,)), expected)
+    assert F.layer_norm not in seen

@@ -119,6 +119,7 @@ def test_size_by_ids(rows, columns):
         coordinates(1, 6, 10, first=(0, 9, 14)),
         coordinates(1, 9, 10, first=(0, 0, 14)),
         coordinates(1, 6, 10, first=(0, 9, 0)),
+        coordinates(1, 6, 14, first=(0, 12, 0)),
     ],
 )
 def test_reference_images_do_not_count(reference):
@@ -181,7 +182,7 @@ def test_ids_are_not_kept_alive():
         ([[(1, 9, 14), (1, 6, 10)]] * 3, 0, (1, 9, 14)),
         ([[(1, 6, 10), (1, 9, 14)]] * 3, -1, (1, 9, 14)),
         ([(2, 9, 14)] * 3, 0, (2, 9, 14)),
-        ([(2, 9, 14)] * 3, -1, (2, 9, 14)),
+        ([(2, 9, 14), (1, 6, 10)], -1, (2, 9, 14)),
         ((2, 9, 14), 0, (2, 9, 14)),
         ([9, 14], 0, (1, 9, 14)),
         ([[(1, 9, 14)]], 3, None),

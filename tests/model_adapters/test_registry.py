@@ -97,6 +97,22 @@ def test_inputs_of_unknown_models_with_a_config(kind):
     assert all(value.device.type == "meta" for value in inputs.values())
 
 
+def test_the_name_tells_a_film():
+    class Denoiser3D(Denoiser):
+        pass
+
+    model = Denoiser3D()
+    model.config = {"in_channels": 5, "patch_size": 2, "patch_size_t": 2}
+    model.embed = nn.Conv2d(5, 8, 2)
+    assert adapter_for(model).inputs(model)["hidden_states"].shape == (2, 5, 6, 16, 24)
+
+
+def test_unets_are_tried_with_maps_that_can_be_halved():
+    model = Denoiser()
+    model.config = {"in_channels": 5, "block_out_channels": (8, 16, 32)}
+    assert adapter_for(model).inputs(model)["hidden_states"].shape == (2, 5, 64, 96)
+
+
 def test_inputs_of_unknown_packed_models():
     model = Packed()
     model.config = {"in_channels": 5, "joint_attention_dim": 24, "axes_dims_rope": (2, 2, 2, 2)}

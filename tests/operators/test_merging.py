@@ -90,8 +90,10 @@ def test_the_destinations_depend_on_the_seed_and_are_spread_over_the_cell():
 
 
 def test_one_full_graph_whatever_the_seed():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
 
     def through(x, seed):
         mapping = merge_map(x, (5, 7), seed=seed, frames=2)

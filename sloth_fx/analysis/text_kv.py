@@ -1,0 +1,119 @@
+"""Keys and values of cross-attention that depend on the text alone.
+
+Where that is so they are the same at every step of a sampling run, and a slice of the model gives them from the text:
+it need not run again, and another text's keys and values are to be had without the rest of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sloth_fx.analysis.dependencies import Dependencies, is_property
+from sloth_fx.analysis.whole import WholeGraph
+from sloth_fx.capture.generate import generate
+from sloth_fx.errors import SlothError
+from sloth_fx.passes.core import attention_cores
+
+
+@dataclass(frozen=True)
+class TextKeyValues:
+    """The slice of a model from its text to keys and values.
+
+    ``cores`` are the attentions of the whole graph (by their order) for which the slice gives these; ``reasons`` says
+    for each of the others why it does not. ``text`` are the names of the inputs that it takes. Sizes that the model
+    reads from other inputs are those of the example; ``shapes`` are then the only shapes of text that the slice serves.
+    """
+
+    function: Callable[..., Any]
+    text: tuple[str, ...]
+    cores: tuple[int, ...]
+    reasons: dict[int, str]
+    shapes: tuple[torch.Size, ...] | None
+
+    def __call__(self, model: nn.Module, *text: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Key (B, H, M, D) and value (B, H, M, Dv) by core, from the tensors that are named in ``text``."""
+        if len(text) != len(self.text):
+            raise SlothError(f"{len(text)} tensors are given for {', '.join(self.text)}")
+        shapes = tuple(each.shape for each in text)
+        if self.shapes is not None and shapes != self.shapes:
+            raise SlothError(f"text of shapes {shapes} is given; the slice was captured for {self.shapes}")
+        return self.function(model, *text)  # type: ignore[no-any-return]
+
+
+def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
+    """Slice ``whole`` (canonical) from the inputs named in ``text`` to the keys and values that need nothing else.
+
+    Raises :class:`SlothError` for names that are no inputs.
+    """
+    names = tuple(text)
+    unknown = [name for name in names if name not in whole.inputs]
+    if unknown:
+        raise SlothError(f"{', '.join(unknown)}: no inputs of the model; it takes {', '.join(whole.inputs)}")
+    placeholders = [whole.inputs[name] for name in names]
+    dependencies = Dependencies(whole.graph)
+    reasons: dict[int, str] = {}
+    found: dict[int, tuple[fx.Node, fx.Node]] = {}
+    for index, core in enumerate(attention_cores(whole.graph)):
+        needed = dependencies.placeholders(core.key) | dependencies.placeholders(core.value)
+        others = needed.difference(placeholders)
+        if others:
+            reasons[index] = f"keys or values depend on {', '.join(_names(whole, others))}"
+        elif not needed:
+            reasons[index] = "keys and values depend on no input"
+        else:
+            found[index] = core.key, core.value
+    slice_ = _Slice(whole.graph, dependencies, placeholders, found)
+    shapes = tuple(each.meta["hint"].shape for each in placeholders)
+    return TextKeyValues(
+        function=generate(slice_.graph, "text_kv"),
+        text=names,
+        cores=tuple(found),
+        reasons=reasons,
+        shapes=shapes if slice_.baked else None,
+    )
+
+
+def _names(whole: WholeGraph, placeholders: Iterable[fx.Node]) -> list[str]:
+    return sorted(name for name, node in whole.inputs.items() if node in placeholders)
+
+
+class _Slice:
+    """The graph from ``text`` to keys and values. ``baked`` tells that it holds sizes of other tensors."""
+
+    def __init__(
+        self,
+        whole: fx.Graph,
+        dependencies: Dependencies,
+        text: list[fx.Node],
+        outputs: dict[int, tuple[fx.Node, fx.Node]],
+    ) -> None:
+        self.graph = fx.Graph()
+        self.baked = False
+        self.text = text
+        self.copies: dict[fx.Node, Any] = {node: self.graph.placeholder(str(node.target)) for node in text}
+        needed = dependencies.needed(node for pair in outputs.values() for node in pair)
+        for node in whole.nodes:
+            if node in needed and node not in self.copies:
+                self.copies[node] = self._property(node) if is_property(node) else self._copy(node)
+        self.graph.output({index: tuple(self.copies[each] for each in pair) for index, pair in outputs.items()})
+        self.graph.lint()
+
+    def _copy(self, node: fx.Node) -> Any:
+        return self.graph.node_copy(node, lambda each: self.copies[each])
+
+    def _property(self, node: fx.Node) -> Any:
+        """What is read from a tensor of the slice is read there; else it is the text's, or the example's."""
+        source = node.args[0]
+        if source in self.copies:
+            return self._copy(node)
+        hint = node.meta["hint"]
+        for text in self.text if isinstance(hint, (torch.dtype, torch.device)) else ():
+            if getattr(text.meta["hint"], str(node.args[1])) == hint:
+                return self.graph.call_function(getattr, (self.copies[text], node.args[1]))
+        self.baked = self.baked or not isinstance(hint, (torch.dtype, torch.device))
+        return tuple(hint) if isinstance(hint, torch.Size) else hint
