@@ -6,7 +6,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -225,11 +225,17 @@ class TimestepContext:
         shape = getattr(self._arguments.latent(args, kwargs), "shape", ())
         self._shape = tuple(shape[1:])
         if not self._driven and self._clocks:
-            timestep = _one_number(self._arguments.timestep(args, kwargs))
-            self._moment = self._with_sigma(self._progress(timestep), None, timestep)
+            self._follow(args, kwargs)
+        elif not self._driven and any(plan.merging is not None for plan in self._plans):
+            with suppress(SlothError):  # other choices at each step are better, and not needed
+                self._follow(args, kwargs)
         self._check(self._moment)
         self._apply()
         self._warn_of_recompiles(model, compiled)
+
+    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = _one_number(self._arguments.timestep(args, kwargs))
+        self._moment = self._with_sigma(self._progress(timestep), None, timestep)
 
     def _progress(self, timestep: float) -> float:
         if self._noise is not None and self._noise is not self._own_noise:
@@ -253,10 +259,12 @@ class TimestepContext:
             self._current = self.layouts()
             self._sets.setdefault(self._current, len(self._sets))
             self._applied = state
-        for layout, operators in zip(self._current, self._operators, strict=True):
+        for plan, layout, operators in zip(self._plans, self._current, self._operators, strict=True):
             for operator in operators:
                 if changed or operator.layout is not layout:  # torch.export puts attributes of modules back
                     operator.set_layout(layout, self._halves)
+                if changed and plan.merging is not None and hasattr(operator, "set_seed"):
+                    operator.set_seed(plan.seed(self._moment))
 
     def _layouts(self, moment: Moment) -> Layouts:
         if self._latent is None:

@@ -81,7 +81,7 @@ class HyperTile(BaseSpec):
 
     swap_size: among how many sizes of tile to choose per axis and moment, whole, 1..16: those with the most tiles.
     scale_depth: multiply the smallest edge by 2^level.
-    seed: whole, 0 or more; with the timestep and the site, it makes the choice.
+    seed: whole, 0 or more; with the timestep and the level, it makes the choice, the same at all sites of a level.
     where: which of the sites (`sloth_fx.where.Where`), None for all.
 
     Raises SlothError for a value of the wrong type or out of range. Source: HyperTile (tfernd). There, levels count

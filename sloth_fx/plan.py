@@ -80,7 +80,7 @@ class SitePlan:
         whole = self.site.grid_at(latent)
         if whole is None:
             raise SlothError(f"{self.site.name}: the grid of its {self.site.q_tokens} tokens is not known")
-        frames, *area = whole
+        frames, *area = (1, *whole)[-3:]
         grid = area[0], area[1]
         if self.site.kind == "temporal":
             return KeyLayout((1, frames), (1, self._frame_window(frames)))
@@ -127,7 +127,7 @@ class SitePlan:
         relative = self.site.depth**-2.0
         if isinstance(self.reducing.schedule, StepDecay):  # the release of 2023-12-11 counts the tokens that there are
             first = self.shallowest.grid_at(latent)
-            relative = math.prod(grid) / math.prod(first[1:]) if first is not None else relative
+            relative = math.prod(grid) / math.prod(first[-2:]) if first is not None else relative
         return reduction.stride(ratio_at(self.reducing.schedule, moment), relative, self.deepest)
 
     def _thinned(self, window: _Area, area: _Area, flat: bool) -> _Area:
@@ -143,7 +143,7 @@ class SitePlan:
 
     def _tile(self, moment: Moment, grid: _Area) -> _Area | None:
         if isinstance(self.tiling, HyperTile):
-            draw = self._draw(moment, self.tiling.seed)
+            draw = self._draw(moment, self.tiling.seed, f"level {self.level}")  # alike at all sites: fewer graphs
             rows, columns = (draw.choice(self.tiling.choices(size, self.level)) for size in grid)
         elif self.tiling is None or not self.tiling.tiles(self.site.downscale):
             return None
@@ -155,13 +155,18 @@ class SitePlan:
     def _pad(self, moment: Moment, grid: _Area, tile: _Area) -> _Area:
         if self.tiling is None or isinstance(self.tiling, HyperTile) or self.tiling.pad == "end":
             return 0, 0
-        draw = self._draw(moment, self.tiling.seed)
+        draw = self._draw(moment, self.tiling.seed, self.site.name)
         rows, columns = (draw.randint(0, -size % part) for size, part in zip(grid, tile, strict=True))
         return rows, columns
 
-    def _draw(self, moment: Moment, seed: int) -> random.Random:
+    def seed(self, moment: Moment) -> int:
+        """For the choice of the tokens that others are merged into, at ``moment``."""
+        assert self.merging is not None
+        return self._draw(moment, self.merging.seed, self.site.name).getrandbits(31)
+
+    def _draw(self, moment: Moment, seed: int, what: str) -> random.Random:
         """Choices that are the same whenever a run comes to this moment."""
-        return random.Random(f"{seed} {round((1 - moment.progress) * 1000)} {self.site.name}")
+        return random.Random(f"{seed} {round((1 - moment.progress) * 1000)} {what}")
 
 
 def level_of(site: AttentionSite) -> int:

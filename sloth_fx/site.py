@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Kind = Literal["self", "cross", "joint", "temporal", "linear"]
@@ -68,8 +69,8 @@ class AttentionSite:
     grid: tuple[int, ...] | None
     divisors: tuple[float | None, ...] | None
     text: tuple[int, int] | None
-    query_place: Place = Place()
-    key_place: Place = Place()
+    query_place: Place = field(default_factory=Place)
+    key_place: Place = field(default_factory=Place)
     core: int = 0
     on_image: bool = True
 
@@ -85,14 +86,12 @@ class AttentionSite:
         known = [divisor for divisor in self.divisors or () if divisor is not None][-2:]
         return math.prod(known) ** 0.5 if len(known) == 2 else self.depth
 
-    def grid_at(self, latent: LatentSize) -> tuple[int, int, int] | None:
-        """(frames, rows, columns) of this site's image tokens for a latent of this size; one frame for an image."""
+    def grid_at(self, latent: Sequence[int]) -> tuple[int, ...] | None:
+        """``grid`` for a latent of (rows, columns) or (frames, rows, columns); ``None`` where that is not known."""
         if self.grid is None or self.divisors is None:
             return None
-        sizes = latent[-len(self.grid) :]
-        grid = [
+        sizes = (1, *latent)[-len(self.grid) :]
+        return tuple(
             tokens if divisor is None else math.ceil(size / divisor)
             for tokens, divisor, size in zip(self.grid, self.divisors, sizes, strict=True)
-        ]
-        frames, rows, columns = (1, *grid)[-3:]
-        return frames, rows, columns
+        )

@@ -100,7 +100,8 @@ class _Slice:
         for node in whole.nodes:
             if node in needed and node not in self.copies:
                 self.copies[node] = self._property(node) if is_property(node) else self._copy(node)
-        self.graph.output({index: tuple(self.copies[each] for each in pair) for index, pair in outputs.items()})
+        found: Any = {index: tuple(self.copies[each] for each in pair) for index, pair in outputs.items()}
+        self.graph.output(found)
         self.graph.lint()
 
     def _copy(self, node: fx.Node) -> Any:

@@ -85,5 +85,5 @@ def _record(skeleton: Skeleton, call: tuple[Any, Any]) -> Recorder:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Modules of torch that contain no others: what ``nn.Sequential`` and ``nn.MultiheadAttention`` do is of interest."""
+    """Modules of torch that contain no others: what ``nn.Sequential`` and ``nn.MultiheadAttention`` do matters."""
     return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())

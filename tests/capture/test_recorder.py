@@ -1,6 +1,12 @@
 """Captured graphs: the idioms that symbolic tracing stumbles over, at sizes and types other than those captured."""
 
+import dataclasses
+import math
+import sys
+import types
+
 import einops
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +56,47 @@ class InPlace(Base):
         return out
 
 
+class WritesMethods(Base):
+    """What a method writes into a tensor counts, whether its result is used or not."""
+
+    def forward(self, x):
+        x = self.linear(x)
+        x.masked_fill_(x < 0, 0.5).mul_(2)
+        view = x[:, 1:]
+        view.add_(self.offset)
+        return x
+
+
+class Numbers(Base):
+    """Scalars of NumPy, rounding, and a scalar where torch's own parser looks for a tensor first."""
+
+    def forward(self, x):
+        x = self.linear(x) * np.sqrt(np.float64(2.0)) + math.floor(x.shape[1] / 3) + round(x.shape[1] / 4)
+        return torch.where(x > 0, x, -math.ceil(x.shape[1] / 5))
+
+
+class OwnParametersFirst(Base):
+    """A function of parameters alone, with a traced size."""
+
+    def forward(self, x):
+        offset = torch.cat([self.offset, self.linear.bias]).repeat(x.shape[1], 1)
+        return self.linear(x) + offset[None, :, :6]
+
+
+class Chosen(Base):
+    """How many rows are chosen depends on the data; nothing else does."""
+
+    def forward(self, x):
+        rows = torch.nonzero(x.sum(-1).flatten() > 0).flatten()
+        chosen = self.linear(x.flatten(0, 1)[rows])
+        return F.pad(chosen, (0, 0, 0, x.shape[0] * x.shape[1] - chosen.shape[0]))
+
+
+class ChosenByMask(Base):
+    def forward(self, x):
+        return self.linear(x[x.sum(-1) > 0])
+
+
 class Einops(Base):
     def forward(self, x):
         x = einops.rearrange(self.linear(x), "b n (h d) -> b h n d", h=2)
@@ -76,7 +123,13 @@ class PlainTensor(Base):
         return self.linear(x) * self.table
 
 
-@pytest.mark.parametrize("kind", [ShapeUnpacking, TracedSizes, InPlace, Einops, OwnParameters, Arange, PlainTensor])
+ANY_SIZE = [
+    *(ShapeUnpacking, TracedSizes, InPlace, WritesMethods, Numbers, OwnParametersFirst, Chosen, ChosenByMask, Einops),
+    *(OwnParameters, Arange, PlainTensor),
+]
+
+
+@pytest.mark.parametrize("kind", ANY_SIZE)
 def test_one_capture_serves_every_size(kind):
     module = kind()
     result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
@@ -208,6 +261,63 @@ def test_one_tensor_in_two_roles_is_two_placeholders():
     function = generate(capture(skeleton, skeleton.model, ((x, x), {}), None).graph, "test")
     one, two = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
     assert torch.equal(function(module, one, two), module(one, two))
+
+
+@dataclasses.dataclass
+class Output:
+    sample: torch.Tensor
+    size: int = 0
+
+
+class Returning(Base):
+    def forward(self, x):
+        return Output(self.linear(x), x.shape[1])
+
+
+def test_a_dataclass_is_returned_as_one():
+    module = Returning()
+    result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
+    x = torch.randn(2, 5, 6)
+    out = function(module, x)
+    assert type(out) is Output
+    assert torch.equal(out.sample, module(x).sample)
+    assert out.size == 5
+
+
+def test_a_hosts_attention_function_is_a_leaf(monkeypatch):
+    def flash_attn_func(q, k, v, causal=False):
+        assert type(q) is torch.Tensor
+        return q + k + v
+
+    class Host(Base):
+        def forward(self, x):
+            x = x.unflatten(2, (2, 3))
+            return host.flash_attn_func(x, x, x, causal=True).flatten(2)
+
+    host = types.ModuleType("some_host")
+    host.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "some_host", host)
+    module = Host()
+    result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
+    assert flash_attn_func in [node.target for node in result.graph.nodes]
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(function(module, x), module(x))
+
+
+class UsesVmap(Base):
+    def forward(self, x):
+        return torch.vmap(lambda row: row * 2)(x)
+
+
+class BranchesOnChoice(Base):
+    def forward(self, x):
+        return x * 2 if torch.nonzero(x).shape[0] > 3 else x
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(UsesVmap, "torch.vmap"), (BranchesOnChoice, "depends on the data")])
+def test_reasons_are_given(kind, reason):
+    with pytest.raises(SlothError, match=f"{kind.__name__} cannot be captured.*{reason}"):
+        captured(kind(), (2, 4, 6))
 
 
 class DataDependent(Base):

@@ -110,6 +110,7 @@ _KANDINSKY6 = [*_SHORT, _AUDIO, cross(7), _TO_AUDIO, Site("cross", 198)]
 _LTX2 = [video(3, 9, 11), _AUDIO, cross(7), cross(7), _TO_AUDIO, Site("cross", 297)]
 _PERCEIVER = Site("cross", 10, certain=False)
 _FACE = Site("cross", 3, certain=False)
+_TILES = Site("self", 768)  # two frames, reordered by tiles of 8 x 8
 _COGVIDEOX = joint(310, text=(0, 13), image=13, grid=(3, 9, 11))
 _HUNYUAN = [words(13), *[joint(211, text=(198, 211), image=0, grid=(2, 9, 11))] * 2]
 _STABLE_AUDIO = Site("joint", 99, image=1, grid=(1, 1, 98), certain=False)  # one key is the duration
@@ -156,7 +157,7 @@ EXPECTED: dict[str, Expected] = {
     "UNetControlNetXSModel": [picture(9, 11), cross(7)] * 9,
     "PriorTransformer": [Site("joint", 17, text=(0, 13))] * 2,
     "Transformer2DModel": [picture(9, 11), cross(7)] * 2,
-    "Transformer2DModel/vq": [picture(8, 8), cross(7)],
+    "Transformer2DModel/vq": [Site("self", 64), cross(7)],  # codes in a row: nothing says where they lie
     "DualTransformer2DModel": [picture(9, 11), cross(77), picture(9, 11), cross(257)],
     "DreamLiteTransformer2DModel": [picture(9, 11), cross(7)],
     # ControlNets
@@ -257,9 +258,9 @@ EXPECTED: dict[str, Expected] = {
     ],
     "HunyuanVideo15Transformer3DModel": [words(9), *[joint(214, text=(201, 214), image=0, grid=(2, 9, 11))] * 2],
     "Kandinsky5Transformer3DModel": [words(7), *_SHORT * 2],
-    "Kandinsky5Transformer3DModel/nabla": [words(7), video(2, 16, 24), cross(7)],
+    "Kandinsky5Transformer3DModel/nabla": [words(7), _TILES, cross(7)],
     "Kandinsky6Transformer3DModel": [words(7), words(7), *_KANDINSKY6 * 2],
-    "Kandinsky6SRTransformer3DModel": [video(2, 16, 24)] * 2,
+    "Kandinsky6SRTransformer3DModel": [_TILES] * 2,
     # At the end the video attends to itself and to what the blocks before have made of it.
     "MotifVideoTransformer3DModel": [
         *[joint(211, text=(198, 211), image=0, grid=(2, 9, 11)), cross(13)] * 2,
@@ -267,7 +268,7 @@ EXPECTED: dict[str, Expected] = {
     ],
     "LTXVideoTransformer3DModel": _WAN * 2,
     "LTX2VideoTransformer3DModel": _LTX2 * 2,
-    "SanaWMLTX2RefinerTransformer3DModel": _SHORT * 2,
+    "SanaWMLTX2RefinerTransformer3DModel": [Site("self", 198), cross(7)] * 2,  # packed, and nothing says how
     "SanaVideoTransformer3DModel": [cross(7)] * 2,
     "SanaWMTransformer3DModel": [cross(7), video(3, 9, 11), video(3, 9, 11), cross(7)],
     "MiniMaxH3Transformer3DModel": [words(13), *[joint(217, text=(0, 13), image=19, grid=(2, 9, 11))] * 2],
@@ -281,5 +282,5 @@ EXPECTED: dict[str, Expected] = {
     "StableAudio3DiTModel/diff": [_STABLE_AUDIO3, _STABLE_AUDIO3, cross(7), cross(7)] * 2,
     "LongCatAudioDiTTransformer": [sound(99), cross(7)] * 2,
     "MiniMaxMusic3Transformer1DModel": [Site("self", 100, image=1, grid=(1, 1, 99))] * 2,
-    "RFD4ProteinaTransformer": [sound(40)] * 2,
+    "RFD4ProteinaTransformer": [Site("self", 40)] * 2,  # of a protein
 }

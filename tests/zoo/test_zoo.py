@@ -28,17 +28,15 @@ pytestmark = [
 ]
 
 every_model = pytest.mark.parametrize("name", MODELS)
+# Attention with a block mask, which only its own kernel can read.
+REFUSED = ("AnyFlowFARTransformer3DModel",)
 REDUCIBLE = [
-    name
-    for name, entry in MODELS.items()
-    if any(site.grid is not None for site in entry.expected if site.image is not None)
+    name for name, entry in MODELS.items() if name not in REFUSED and any(site.grid for site in entry.expected)
 ]
 every_reducible = pytest.mark.parametrize("name", REDUCIBLE)
 
 # Earlier frames stand in front of the video: they grow with it, and the data says where the video starts at one size.
 HISTORY = ("HeliosTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel")
-# These compute in bfloat16 between attentions, where a difference in the last bit becomes one of 1/256.
-COARSE = ("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel", "SanaWMTransformer3DModel")
 
 
 @functools.cache
@@ -62,7 +60,8 @@ def patched(name: str) -> torch.nn.Module:
 
 
 def tolerance(name: str) -> float:
-    return 0.1 if name.partition("/")[0] in COARSE else 1e-3
+    """Of outputs in units of their deviation; one model attends in bfloat16."""
+    return 1e-2 if name == "SanaWMTransformer3DModel" else 1e-4
 
 
 @every_model
@@ -116,7 +115,7 @@ def test_inputs_are_made_from_the_config(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in REDUCIBLE])
-def test_a_model_without_attention_among_image_tokens_is_refused(name):
+def test_a_model_without_a_grid_of_image_tokens_is_refused(name):
     with pytest.raises(sloth_fx.SlothError):
         sloth_fx.transform(shared(name), REDUCE, example_inputs=MODELS[name].inputs())
 
