@@ -15,13 +15,14 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
 from sloth_fx.operators import KeyLayout
+from sloth_fx.passes.merge_tokens import MergedAttention
 from sloth_fx.passes.reduce_kv import KeyValueReduction
 from sloth_fx.passes.tile_queries import TiledAttention
 from sloth_fx.plan import SitePlan
-from sloth_fx.rewrite import Rewritten, operator_name, rewrite
+from sloth_fx.rewrite import Rewritten, merged_attention, merging_of, operator_name, rewrite
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
-Operator = KeyValueReduction | TiledAttention
+Operator = KeyValueReduction | TiledAttention | MergedAttention
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str
             query_place=site.query_place,
             key_place=site.key_place,
             border=plan.pooling.border,
+            merging=merging_of(plan) if plan.merging is not None else None,
+        )
+    elif plan.merging is not None:
+        operators[operator_name("merge", site.core, visit)] = merged_attention(
+            plan, rewritten.attend[site.core], rewritten.folded_heads[site.core], neutral
         )
     return operators
 
@@ -119,6 +125,13 @@ def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str
 def _deeds(plan: SitePlan) -> tuple[Any, ...]:
     """What of a plan is part of the graph."""
     return plan.reduces, plan.tiling is not None, plan.merging is not None and plan.merged_tokens
+
+
+def _operators(plan: SitePlan) -> list[str]:
+    """The deeds of the operators of a plan; in tiles, queries are merged by what tiles them."""
+    tiles = plan.tiling is not None
+    given = {"reduce": plan.reduces, "tile": tiles, "merge": plan.merging is not None and not tiles}
+    return [deed for deed, there in given.items() if there]
 
 
 def _alike(visit: PlannedVisit, call: Call, plans: dict[int, SitePlan]) -> bool:
@@ -149,8 +162,7 @@ def _told_apart(visit: PlannedVisit, others: list[Call]) -> PlannedVisit:
         for index, tensor in enumerate(tensors):
             for axis, size in enumerate(tensor.shape):
                 if size == tokens and axis > 0 and all(other[index].shape[axis] != size for other in same):
-                    deed = "reduce" if plan.reduces else "tile" if plan.tiling is not None else "merge"
-                    test = TokenTest(index, axis, operator_name(deed, core, visit.number))
+                    test = TokenTest(index, axis, operator_name(_operators(plan)[0], core, visit.number))
                     return PlannedVisit(**{**vars(visit), "tokens": test})
     site = next(iter(visit.plans.values())).site
     raise SlothError(
@@ -181,10 +193,7 @@ def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple
     rewritten = rewrite(captured, skeleton, visit.plans, visit.attentions, visit.number)
     _, tensors = read_call(*visit.call)
     operators = [
-        operator_name(deed, core, visit.number)
-        for core, plan in visit.plans.items()
-        for deed, there in (("reduce", plan.reduces), ("tile", plan.tiling), ("merge", plan.merging))
-        if there
+        operator_name(deed, core, visit.number) for core, plan in visit.plans.items() for deed in _operators(plan)
     ]
     variant = Variant(
         captured.pattern,

@@ -18,6 +18,7 @@ from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import Attend, AttentionCore, attention_cores
+from sloth_fx.passes.merge_tokens import MergedAttention, Merging, merge_tokens, rotates
 from sloth_fx.passes.reduce_kv import LEVELS, KeyValueReduction, reduce_kv
 from sloth_fx.passes.simplify import simplify
 from sloth_fx.passes.tile_queries import tile_queries
@@ -71,9 +72,7 @@ def rewrite(
         function=generate(graph, type(capture.owner).__name__),
         done=done,
         attend={core: cores[core].attend for core in plans},
-        folded_heads={
-            core: plan.site.heads if cores[core].query.meta["hint"].ndim == 3 else None for core, plan in plans.items()
-        },
+        folded_heads={core: _folded_heads(plan, cores[core]) for core, plan in plans.items()},
         inexact=capture.inexact,
     )
 
@@ -84,16 +83,49 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
     if core.refusal is not None:
         raise SlothError(f"{site.name}: {core.refusal}")
     done = []
+    keys = core.key.meta["hint"].shape[-2]
+    tokens = keys if site.key_place.alone or site.grid is None else math.prod(site.grid)
+    rotated = plan.merging is not None and rotates(core, owner)
     if plan.reduces:
-        name, keys = operator_name("reduce", site.core, visit), core.key.meta["hint"].shape[-2]
-        tokens = keys if site.key_place.alone or site.grid is None else math.prod(site.grid)
+        name = operator_name("reduce", site.core, visit)
         trial = KeyLayout((1, tokens), window=(1, 2))  # does the owner follow fewer keys?
         owner.add_module(name, KeyValueReduction(site.name, plan.pooling, trial, site.key_place))
         core, place = reduce_kv(graph, core, name, owner, image_tokens=tokens, level=level)
         done.append(f"keys and values reduced {place}")
     if plan.tiling is not None:
-        done.append(f"queries tiled {tile_queries(graph, core, operator_name('tile', site.core, visit))}")
+        name = operator_name("tile", site.core, visit)
+        done.append(f"queries tiled {tile_queries(graph, core, name, rotated=rotated)}")
+        if plan.merging is not None:
+            done.append("queries merged in each tile")
+    elif plan.merging is not None:
+        name = operator_name("merge", site.core, visit)
+        owner.add_module(name, merged_attention(plan, core.attend, _folded_heads(plan, core), KeyLayout((1, tokens))))
+        merged = merge_tokens(graph, core, name, owner, image_tokens=tokens, tokens=plan.merged_tokens, level=level)
+        done.append(merged)
     return ", ".join(done)
+
+
+def merged_attention(plan: SitePlan, attend: Attend, folded_heads: int | None, layout: KeyLayout) -> MergedAttention:
+    """The operator that merges the tokens of a site."""
+    assert plan.merging is not None
+    return MergedAttention(
+        plan.site.name,
+        attend,
+        layout,
+        merging_of(plan),
+        folded_heads=folded_heads,
+        query_place=plan.site.query_place,
+        key_place=plan.site.key_place,
+    )
+
+
+def merging_of(plan: SitePlan) -> Merging:
+    assert plan.merging is not None
+    return Merging(plan.merging.ratio, plan.merging.cell, plan.merged_tokens)
+
+
+def _folded_heads(plan: SitePlan, core: AttentionCore) -> int | None:
+    return plan.site.heads if core.query.meta["hint"].ndim == 3 else None
 
 
 def _shapes_fit(graph: fx.Graph, owner: nn.Module, skeleton: Skeleton) -> bool:

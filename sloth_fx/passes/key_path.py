@@ -32,6 +32,9 @@ _ARITHMETIC = frozenset(
     | {"complex", "real", "imag", "setitem", "empty_like", "zeros_like", "dropout"}
 )
 _PER_TOKEN = _SUMS | _PRODUCTS | _CASTS | _SHAPES | _ARITHMETIC
+_JOINING = frozenset(
+    {"cat", "concat", "type_as", "view_as", "expand_as", "to"}
+)  # others, and what lends a type or shape
 _PER_TOKEN_MODULES = ("LayerNorm", "RMSNorm", "Norm", "Identity", "Dropout")
 
 
@@ -83,10 +86,20 @@ def paths(end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Size
     return [path for path in found if path is not None]
 
 
-def is_rotated(end: fx.Node, owner: nn.Module, sizes: Sizes) -> bool:
-    """Whether anything on the way to ``end`` takes a value for each token that does not come from the tokens."""
+def is_rotated(end: fx.Node, owner: nn.Module) -> bool:
+    """Whether anything on the way to ``end`` takes a tensor that does not come from tokens, such as the factors of a
+    rotation. Parameters do not count, nor what is the same for all tokens."""
     sources = projections(end, owner)
-    return _takes_factors(end, sources, TokenAxes(sizes, sources))
+    projected = ahead(sources)
+    return any(
+        other not in projected
+        and other.op != "get_attr"
+        and (hint := tensor_of(other)) is not None
+        and hint.numel() > 1
+        for node in behind(end)
+        if node in projected and node not in sources and name_of(node) not in _JOINING
+        for other in node.all_input_nodes
+    )
 
 
 def _takes_factors(end: fx.Node, sources: list[fx.Node], axes: TokenAxes) -> bool:

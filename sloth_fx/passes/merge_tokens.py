@@ -50,7 +50,7 @@ def merge_tokens(
     if shared is not None and tokens == "all" and level == 0 and sizes.image == total and not core.masked:
         where = f"tokens merged above {_merge_above(graph, core, name, shared)}"
     else:
-        rotated = rotates(core, owner, image_tokens)
+        rotated = rotates(core, owner)
         _merge_at_core(graph, core, name, found[1], rotated)
         where = f"{merged} merged at the attention"
         where += " (rotated queries and keys are those of their destination)" if rotated else ""
@@ -59,11 +59,9 @@ def merge_tokens(
     return where
 
 
-def rotates(core: AttentionCore, owner: nn.Module, image_tokens: int | None = None) -> bool:
+def rotates(core: AttentionCore, owner: nn.Module) -> bool:
     """Whether the queries or keys of a core have a rotary embedding, so that no two of them have a mean."""
-    total = core.key.meta["hint"].shape[-2]
-    sizes = Sizes(image_tokens or total, total)
-    return any(is_rotated(end, owner, sizes) for end in (core.query, core.key))
+    return any(is_rotated(end, owner) for end in (core.query, core.key))
 
 
 def _path(end: fx.Node, roles: tuple[fx.Node, ...], owner: nn.Module, sizes: Sizes) -> Path | None:

@@ -55,8 +55,7 @@ class MergedAttention(nn.Module):
         self.folded_heads = folded_heads
         self.query_place = query_place or Place()
         self.key_place = key_place or Place()
-        self.seed: Tensor
-        self.register_buffer("seed", torch.tensor(seed), persistent=False)
+        self.seed = torch.tensor(seed)  # of one number, which goes with tensors of any device; no state of the model
         self.tokens = _MergeTokens(self)
         self.unmerged = _Unmerge()
 

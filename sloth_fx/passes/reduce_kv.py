@@ -59,7 +59,7 @@ def reduce_kv(
     to_value = _path(core, core.value, level, owner, sizes)
     if to_value is not None and to_value.rotations:
         to_value = None
-    picked = to_key is None and is_rotated(core.key, owner, sizes)
+    picked = to_key is None and is_rotated(core.key, owner)
     rotated = to_key is not None and bool(to_key.rotations)
     calls: dict[tuple[fx.Node, int], fx.Node] = {}
     for index, path in enumerate((to_key, to_value)):

@@ -58,8 +58,7 @@ class TiledAttention(nn.Module):
         self.key_place = key_place or Place()
         self.border = border
         self.merging = merging
-        self.seed: Tensor
-        self.register_buffer("seed", torch.tensor(seed), persistent=False)
+        self.seed = torch.tensor(seed)  # of one number, which goes with tensors of any device; no state of the model
         self.halves = 1
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:

@@ -30,13 +30,16 @@ def ahead(starts: Iterable[fx.Node]) -> dict[fx.Node, None]:
     """``starts``, the tensors that are computed from them, and those that they are written into; in order."""
     found: dict[fx.Node, None] = {}
     waiting = list(starts)
+    written: dict[fx.Node, None] = {}
     while waiting:
         node = waiting.pop()
         if node not in found and (carries(node) or _written(node) is not None):
             found[node] = None
             waiting.extend(node.users)
-            waiting.extend(target for user in node.users if (target := _written(user)) is not None)
-    return dict.fromkeys(sorted(found))
+            if (target := _written(node)) is not None:  # whoever read it before is not concerned
+                written[target] = None
+                waiting.extend(user for user in target.users if node < user)
+    return dict.fromkeys(sorted({**found, **written}))
 
 
 def needed(ends: Iterable[fx.Node], until: fx.Node | None = None) -> list[fx.Node]:

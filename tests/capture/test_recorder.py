@@ -276,7 +276,7 @@ class Returning(Base):
 
 def test_a_dataclass_is_returned_as_one():
     module = Returning()
-    result, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
+    _, function = captured(module, (2, 4, 6), other=[(3, 10, 6)])
     x = torch.randn(2, 5, 6)
     out = function(module, x)
     assert type(out) is Output
