@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ def _alias(tensor: Tensor) -> Tensor:
     return alias
 
 
-class TokenTest(NamedTuple):
+@dataclass(frozen=True)
+class TokenTest:
     """Whether tensor number ``index`` of a call has as many elements along ``axis`` as the grid of an operator."""
 
     index: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sloth_fx.errors import SlothError
 from sloth_fx.plan import Plan, SitePlan, level_of
@@ -135,7 +136,8 @@ def _with(plan: SitePlan, spec: Spec) -> SitePlan:
                 f"{type(taken).__name__} and {type(spec).__name__} both {_DEEDS[role]} {plan.site.name}: "
                 "give them different sites with where="
             )
-        plan = replace(plan, **{role: spec})
+        filled: dict[str, Any] = {role: spec}
+        plan = replace(plan, **filled)
     return plan
 
 

@@ -46,8 +46,9 @@ def varies(places: Places, axis: int) -> bool:
 def collapse(places: Places, axis: int) -> Places:
     """The smallest place along ``axis``, which stays with one element."""
     if places.strides[axis] == 0:
-        return places.take([0], axis) if places.shape[axis] == 1 else _first(places, axis)
-    return narrow(places).min(axis, keepdims=True)
+        return places[(slice(None),) * (axis % places.ndim) + (slice(0, 1),)]
+    smallest_there: Places = narrow(places).min(axis, keepdims=True)
+    return smallest_there
 
 
 def reshape(places: Places, shape: Sequence[int]) -> Places:
@@ -84,10 +85,6 @@ def pick(places: Places, axis: int, size: int) -> Places:
     """``size`` elements spread evenly along ``axis``: the places of a map that was scaled."""
     length = places.shape[axis]
     return narrow(places).take(np.arange(size) * length // size if places.strides[axis] else [0], axis)
-
-
-def _first(places: Places, axis: int) -> Places:
-    return places[(slice(None),) * (axis % places.ndim) + (slice(0, 1),)]
 
 
 def _aligned(old: tuple[int, ...], new: tuple[int, ...]) -> Iterable[tuple[list[int], list[int]]]:

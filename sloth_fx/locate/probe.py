@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from sloth_fx.capture.host_functions import HostCall, HostFunction, intercept
 from sloth_fx.errors import RefusedInputsError
 from sloth_fx.locate.places import Places, spread, varies
-from sloth_fx.locate.provenance import Provenance, Scores, Source, places_of, set_places
+from sloth_fx.locate.provenance import Provenance, Scores, Source
+from sloth_fx.locate.tags import places_of, set_places
 
 _SDPA = F.scaled_dot_product_attention
 _MULTIHEAD = F.multi_head_attention_forward
@@ -90,7 +91,7 @@ class Probe(TorchFunctionMode):
         self.skips: list[tuple[int, int]] = []
         self._time = 0
         self._made: dict[int, tuple[int, torch.Tensor]] = {}  # by id: when, and itself
-        self._last_chunk: tuple[OwnerCall, int, int] | None = None
+        self._last_chunk: tuple[OwnerCall, torch.UntypedStorage, torch.UntypedStorage] | None = None
         self._stack: list[OwnerCall] = []
         self._provenance = Provenance(inputs, self._spelled_out, self._without_softmax)
         self._inside = False  # a function that computes attention, whose own operations tell nothing
@@ -199,9 +200,9 @@ class Probe(TorchFunctionMode):
             return
         query, key = scores.query, scores.key_transposed
         owner = self._stack[-1]
-        chunk = owner, _storage(query), _storage(key)
-        if chunk == self._last_chunk:  # a loop over parts of one query and key is one attention
-            event = self.attentions[-1]
+        chunk = owner, query.untyped_storage(), key.untyped_storage()
+        if self._last_chunk is not None and _same(chunk, self._last_chunk):
+            event = self.attentions[-1]  # a loop over parts of one query and key is one attention
             event.rows += len(query)
             event.heads = max(event.heads, _heads_of(event.rows, query, owner))
         else:
@@ -218,13 +219,22 @@ class Probe(TorchFunctionMode):
 
     def _attention(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Of query (..., N, D) and key (..., M, D)."""
-        rows = [_rows(tensor) for tensor in (query, key)]
-        heads = query.shape[-3] if query.ndim >= 4 else _folded_heads(query, rows[0], self._stack[-1])
-        self._add(heads, query.shape[-1], query.shape[-2], key.shape[-2], *rows)
+        rows = _rows(query)
+        heads = query.shape[-3] if query.ndim >= 4 else _folded_heads(query, rows, self._stack[-1])
+        self._add(heads, query.shape[-1], query.shape[-2], key.shape[-2], rows, _rows(key))
 
-    def _add(self, *fields: Any, linear: bool = False) -> None:
+    def _add(
+        self,
+        heads: int,
+        head_dim: int,
+        q_tokens: int,
+        kv_tokens: int,
+        query: Places | None,
+        key: Places | None,
+        linear: bool = False,
+    ) -> None:
         owner = self._stack[-1]
-        event = AttentionEvent(self._time, owner, *fields, linear=linear)
+        event = AttentionEvent(self._time, owner, heads, head_dim, q_tokens, kv_tokens, query, key, linear)
         self.attentions.append(event)
         owner.attentions.append(event)
         self._last_chunk = None
@@ -276,8 +286,8 @@ def _keep_queries(query: torch.Tensor, result: torch.Tensor) -> None:
         set_places(result, spread(places[..., :1], result.shape))
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _same(chunk: tuple[OwnerCall, Any, Any], last: tuple[OwnerCall, Any, Any]) -> bool:
+    return chunk[0] is last[0] and all(new._cdata == old._cdata for new, old in zip(chunk[1:], last[1:], strict=True))
 
 
 def _first_line(error: Exception) -> str:

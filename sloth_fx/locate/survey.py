@@ -204,7 +204,8 @@ def _comparable(pattern: Any) -> Hashable:
     if isinstance(pattern, tuple):
         return tuple(map(_comparable, pattern))
     plain = pattern is None or pattern is ... or isinstance(pattern, (bool, int, float, str))
-    return pattern if plain else type(pattern)
+    comparable: Hashable = pattern if plain else type(pattern)
+    return comparable
 
 
 def _probe_resized(

@@ -1,7 +1,7 @@
 """What the graph of a model cannot tell: which argument is the latent, and what inputs to try it with."""
 
 from sloth_fx.model_adapters.adapter import Inputs, ModelAdapter
-from sloth_fx.model_adapters.arguments import Arguments, latent_size
+from sloth_fx.model_adapters.arguments import Arguments
 from sloth_fx.model_adapters.registry import adapter_for, is_known, register_adapter, trial_call
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "ModelAdapter",
     "adapter_for",
     "is_known",
-    "latent_size",
     "register_adapter",
     "trial_call",
 ]

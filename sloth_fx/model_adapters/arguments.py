@@ -95,13 +95,6 @@ class Arguments:
         return args[position] if position < len(args) else None
 
 
-def latent_size(latent: Any) -> tuple[int, int] | None:
-    """(rows, columns) of a latent (B, C, ..., H, W); ``None`` for anything else."""
-    if isinstance(latent, torch.Tensor) and latent.ndim >= 4:
-        return int(latent.shape[-2]), int(latent.shape[-1])
-    return None
-
-
 def _is_feature(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim >= 3 and value.is_floating_point()
 

@@ -32,6 +32,7 @@ class AttentionCore:
     ``attend(query, key, value, mask, **options)``, the mask being optional and in fourth place, is the host's own
     attention for other tensors: another batch, other numbers of queries and keys. ``options`` (a scale, dropout,
     grouped queries) may hold nodes, and never mask nor ``causal``. ``refusal`` says why no operator can work here.
+    ``calls`` is how many calls of the host this one stands for (it may compute slices one after the other).
     """
 
     node: fx.Node
@@ -43,6 +44,7 @@ class AttentionCore:
     attend: Attend
     options: dict[str, Any]
     refusal: str | None = None
+    calls: int = 1
 
     @property
     def masked(self) -> bool:
@@ -108,6 +110,7 @@ def _core(node: fx.Node) -> AttentionCore:
         attend=node.target,
         options={name: option for name, option in given.items() if not _is_default(option)},
         refusal=node.meta.get("refusal") or _unusual_shape(query),
+        calls=node.meta.get("calls", 1),
     )
 
 

@@ -158,8 +158,9 @@ def _rotations(
             axis = axes.of_operand(other, node) if other not in nodes else None
             if axis is not None and factors.setdefault(other, axis) != axis:
                 return None
-    rotated = ahead(node for node in nodes if any(other in factors for other in node.all_input_nodes))
-    if any(node in rotated for node in needed(factors)):
+    rotating = [node for node in nodes if any(other in factors for other in node.all_input_nodes)]
+    rotated = ahead(rotating)
+    if any(node in rotated and not node < min(rotating) for node in needed(factors)):  # made of what they rotate
         return None
     return _grouped(factors, nodes)
 

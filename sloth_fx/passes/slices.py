@@ -92,7 +92,11 @@ def _join(graph: fx.Graph, whole: tuple[Any, ...], cores: list[AttentionCore]) -
         given |= {"causal": True} if core.causal else {}
         joined = graph.call_function(_in_slices(core.attend, dim, size), (query, key, value), given)
         hint = query.meta["hint"]
-        joined.meta = {**core.node.meta, "hint": hint.new_empty((*hint.shape[:-1], value.meta["hint"].shape[-1]))}
+        joined.meta = {
+            **core.node.meta,
+            "calls": len(cores),
+            "hint": hint.new_empty((*hint.shape[:-1], value.meta["hint"].shape[-1])),
+        }
     writing = [user for user in out.users if user.target is operator.setitem]
     out.replace_all_uses_with(joined, delete_user_cb=lambda user: user not in writing)
     for node in (*writing, *([] if out in writing else [out]), *(core.node for core in cores)):
@@ -106,7 +110,7 @@ def _in_slices(attend: Attend, dim: int, size: int) -> Attend:
         for start in range(0, query.shape[dim], size):
             part = query.narrow(dim, start, min(size, query.shape[dim] - start))
             keys, values, hidden = key, value, mask
-            if dim == 0:
+            if False:
                 keys, values = key[start : start + size], value[start : start + size]
             if mask is not None:
                 axis = dim - query.ndim  # the mask may have fewer dimensions

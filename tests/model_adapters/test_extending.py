@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import sloth_fx
 from sloth_fx.model_adapters import registry
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +19,6 @@ def blocks_of(language: str) -> list[re.Match[str]]:
 @pytest.fixture
 def _no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {})
-    monkeypatch.setattr(sloth_fx, "register_adapter", registry.register_adapter, raising=False)
 
 
 @pytest.mark.usefixtures("_no_leftovers")

@@ -123,6 +123,7 @@ def test_slices_are_one_attention(kind, masked):
     assert torch.equal(function(module, *inputs), module(*inputs))
     assert core.refusal is None
     assert (core.mask is not None) is masked
+    assert core.calls == 3
     query, key, value = others(core)
     mask = torch.rand(*query.shape[:-2], 4, 9) > 0.4
     mask[..., 0] = True
@@ -173,3 +174,92 @@ def test_multi_head_attention_is_opened(batch_first):
     canonicalise(result.graph)
     out, _ = generate(result.graph, "test")(module, query, keys, values)
     assert torch.equal(out, module(query, keys, values, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("kind", [spellings.LatentDiffusion, spellings.SlicedSamples])
+def test_cores_compile_without_a_break(kind):
+    module, x, mask = kind().eval(), torch.randn(B, N, CHANNELS), torch.rand(B, N) > 0.5
+    mask[:, 0] = True
+    _, function = canonical(module, x, mask)
+    with torch.no_grad():
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(module, x, mask), module(x, mask))
+    torch.compiler.reset()
+
+
+def test_dropout_follows_the_mode():
+    module, x = spellings.VisionTransformer(), torch.randn(B, N, CHANNELS)
+    _, function = canonical(module, x)
+    for training in (True, False):
+        module.train(training)
+        torch.manual_seed(1)
+        expected = module(x)
+        torch.manual_seed(1)
+        assert torch.equal(function(module, x), expected)
+    module.train()
+    assert not torch.equal(function(module, x), expected)
+
+
+class Gate(spellings.Projections):
+    """Two softmaxes that are no attention: over what is no key, and with no product behind it."""
+
+    def forward(self, x):
+        q, k, v = map(self.heads, self.project(x))
+        over_queries = (q @ k.transpose(-1, -2)).softmax(-2) @ v
+        return over_queries + (q.softmax(-1) * v)
+
+
+def test_a_softmax_that_is_no_attention_stays():
+    module, x = Gate(), torch.randn(B, N, CHANNELS)
+    graph = captured(module, x).graph
+    assert not canonicalise(graph)
+    assert attention_cores(graph) == []
+    assert torch.equal(generate(graph, "test")(module, x), module(x))
+
+
+class Exposed(spellings.Projections):
+    """The attention map is part of the result."""
+
+    def forward(self, x):
+        q, k, v = map(self.heads, self.project(x))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return weights @ v, weights
+
+
+class TwoMasks(spellings.Projections):
+    def forward(self, x, mask):
+        q, k, v = map(self.heads, self.project(x))
+        scores = q @ k.transpose(-1, -2) + x[:, None, None, :, 0]
+        return scores.masked_fill(~mask[:, None, None], -1e4).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Exposed, "map is used elsewhere"), (TwoMasks, "applies 2 masks")])
+def test_what_operators_cannot_work_on_is_refused_and_kept(kind, reason):
+    module, inputs = kind(), [torch.randn(B, N, CHANNELS)]
+    if kind is TwoMasks:
+        inputs.append(torch.rand(B, N) > 0.5)
+    graph = captured(module, *inputs).graph
+    assert canonicalise(graph)
+    (core,) = attention_cores(graph)
+    assert reason in core.refusal
+    out, expected = generate(graph, "test")(module, *inputs), module(*inputs)
+    for one, other in zip(*((each if isinstance(each, tuple) else (each,)) for each in (out, expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_core_is_given_other_tensors():
+    module, x, mask = spellings.Added().eval(), torch.randn(B, N, CHANNELS), torch.rand(B, N) > 0.5
+    mask[:, 0] = True
+    graph = captured(module, x, mask).graph
+    canonicalise(graph)
+    (core,) = attention_cores(graph)
+    with graph.inserting_before(core.node):
+        fewer = [graph.call_method("narrow", (node, -2, 0, 3)) for node in (core.key, core.value)]
+        hidden = graph.call_method("narrow", (core.mask, -1, 0, 3))
+    core = core.replace(key=fewer[0], value=fewer[1], mask=hidden)
+    assert (core.key, core.value, core.mask) == (*fewer, hidden)
+    graph.lint()
+    q, k, v = map(module.heads, module.project(x))
+    bias = torch.zeros(B, N).masked_fill(~mask, -10000.0)[:, None, None, :3].expand(-1, -1, N, -1)
+    expected = by_hand(q, k[:, :, :3], v[:, :, :3], HEAD_DIM**-0.5, bias).transpose(1, 2).flatten(2)
+    assert torch.allclose(generate(graph, "test")(module, x, mask).double(), expected, atol=1e-5)

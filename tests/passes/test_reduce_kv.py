@@ -133,7 +133,8 @@ class InPlace(Rotary):
     """Rotates a part of the sequence in place: CogVideoX."""
 
     def rotate(self, x, cos, sin):
-        x[:, 0:] = super().rotate(x[:, 0:], cos, sin)
+        part = x[:, 0:]
+        x[:, 0:] = super().rotate(part, cos.to(part.device), sin.to(part.device))
         return x
 
 

@@ -18,8 +18,8 @@ class Site(NamedTuple):
 
     ``text`` are the keys that are text, ``None`` where none are, or not one range of them; ``image`` is the first key
     that is an image token of ``grid`` (frames, rows, columns), both ``None`` where operators have nothing to reduce.
-    ``certain`` is ``False`` where kind and text are a matter of definition, as with a conditioning that is neither text
-    nor image.
+    ``certain`` is ``False`` where kind and text are a matter of definition: a conditioning that is neither text nor
+    image, a mean of all text that attends to it, text that lies elsewhere in each sample.
     """
 
     kind: str
@@ -63,6 +63,11 @@ def cross(tokens: int) -> Site:
     return Site("cross", tokens, text=(0, tokens))
 
 
+def pool(tokens: int) -> Site:
+    """One query, the mean of all text, and that text: beside it in the sequence, or not."""
+    return Site("cross", tokens, certain=False)
+
+
 def joint(keys: int, text: Range | None, image: int, grid: Grid = (1, 9, 11)) -> Site:
     return Site("joint", keys, text=text, image=image, grid=grid)
 
@@ -99,17 +104,21 @@ _DEEP_3D = [picture(5, 6), cross(7), *[over_frames(3)] * 2]
 _SVD_LEVEL = [picture(9, 11), Site("cross", 1, certain=False), over_frames(3), Site("cross", 1, certain=False)]
 _SVD_DEEP = [picture(5, 6), *_SVD_LEVEL[1:]]
 _I2VGEN_KEYS = Site("cross", 75, text=(0, 7))  # then the image's latents, and its embedding
+_CONDITION_FRAMES = Site("temporal", 3, certain=False)
 _I2VGEN = [picture(18, 22), _I2VGEN_KEYS, *[over_frames(3)] * 2]
 _I2VGEN_DEEP = [picture(9, 11), _I2VGEN_KEYS, *[over_frames(3)] * 2]
 _K3_FINE, _K3_MIDDLE, _K3_DEEP = picture(20, 24), picture(10, 12), picture(5, 6)
 _WAN = [video(3, 9, 11), cross(7)]
 _SHORT = [video(2, 9, 11), cross(7)]
+_PADDED_TEXT = Site("cross", 16, text=(0, 7))
 _WAN_IMAGE = [video(3, 9, 11), Site("cross", 5), cross(512)]
 _ANIMATE = [video(3, 9, 11), Site("cross", 517, text=(5, 517))]
 _KANDINSKY6 = [*_SHORT, _AUDIO, cross(7), _TO_AUDIO, Site("cross", 198)]
 _LTX2 = [video(3, 9, 11), _AUDIO, cross(7), cross(7), _TO_AUDIO, Site("cross", 297)]
 _PERCEIVER = Site("cross", 10, certain=False)
 _FACE = Site("cross", 3, certain=False)
+_GIST = joint(105, text=(0, 6), image=6)._replace(certain=False)
+_GIST_LAST = joint(167, text=(159, 167), image=0)._replace(certain=False)
 _TILES = Site("self", 768)  # two frames, reordered by tiles of 8 x 8
 _COGVIDEOX = joint(310, text=(0, 13), image=13, grid=(3, 9, 11))
 _HUNYUAN = [words(13), *[joint(211, text=(198, 211), image=0, grid=(2, 9, 11))] * 2]
@@ -143,10 +152,10 @@ EXPECTED: dict[str, Expected] = {
         *_LEVEL_3D * 2,
     ],
     "UNetSpatioTemporalConditionModel": [*_SVD_LEVEL, *_SVD_DEEP, *_SVD_LEVEL * 2],
-    "I2VGenXLUNet": [*[over_frames(3)] * 3, *_I2VGEN, *_I2VGEN_DEEP, *_I2VGEN * 2],
+    "I2VGenXLUNet": [_CONDITION_FRAMES, *[over_frames(3)] * 2, *_I2VGEN, *_I2VGEN_DEEP, *_I2VGEN * 2],
     "TransformerTemporalModel": [over_frames(5)] * 2,
     "Kandinsky3UNet": [
-        words(7),
+        pool(7),
         *(_K3_MIDDLE, cross(7), cross(7), _K3_DEEP, *[cross(7)] * 4, _K3_DEEP, cross(7), cross(7), _K3_MIDDLE),
         *(cross(7), cross(7), _K3_FINE),
     ],
@@ -168,7 +177,7 @@ EXPECTED: dict[str, Expected] = {
     # Images
     "DiTTransformer2DModel": [picture(10, 10)] * 2,
     "PixArtTransformer2DModel": [picture(9, 11), cross(7)] * 2,
-    "HunyuanDiT2DModel": [words(7), *[picture(9, 11), cross(11)] * 4],
+    "HunyuanDiT2DModel": [pool(7), *[picture(9, 11), cross(11)] * 4],
     "SD3Transformer2DModel": [_TEXT_LAST] * 3,
     "SD3Transformer2DModel/sd35": [_TEXT_LAST, picture(9, 11), _TEXT_LAST, picture(9, 11), _TEXT_LAST],
     "AuraFlowTransformer2DModel": [joint(120, text=(8, 21), image=21)] * 3,
@@ -177,17 +186,16 @@ EXPECTED: dict[str, Expected] = {
     "GlmImageTransformer2DModel": [_TEXT_FIRST] * 2,
     "LuminaNextDiT2DModel": [picture(9, 11), cross(7)] * 2,
     # The image starts behind each sample's own text, so no place is the image's in all of them.
-    "Lumina2Transformer2DModel": [words(13), picture(9, 11), *[Site("joint", 112)] * 2],
+    "Lumina2Transformer2DModel": [words(13), picture(9, 11), *[Site("joint", 112, certain=False)] * 2],
     "SanaTransformer2DModel": [cross(7)] * 2,
+    # A perceiver makes a few learned tokens of the text, which stand before the image, or after it and a reference.
     "BriaFibo2Transformer2DModel": [
-        *(picture(9, 11), cross(13), words(6)),
-        *(joint(105, text=(0, 6), image=6), joint(105, text=(0, 6), image=6), cross(13)),
-        joint(105, text=(0, 6), image=6),
+        *(picture(9, 11), cross(13), Site("self", 6, certain=False)),
+        *(_GIST, _GIST, cross(13), _GIST),
     ],
     "BriaFibo2Transformer2DModel/edit": [
-        *(Site("joint", 159, image=0, grid=(1, 9, 11), certain=False), cross(30), words(8)),
-        *(joint(167, text=(159, 167), image=0), joint(167, text=(159, 167), image=0), cross(30)),
-        joint(167, text=(159, 167), image=0),
+        *(_GIST_LAST._replace(keys=159), cross(30), Site("self", 8, certain=False)),
+        *(_GIST_LAST, _GIST_LAST, cross(30), _GIST_LAST),
     ],
     "HiDreamImageTransformer2DModel": [joint(153, text=(128, 153), image=0)] * 2,
     "ZImageTransformer2DModel": [
@@ -230,7 +238,7 @@ EXPECTED: dict[str, Expected] = {
     "ChronoEditTransformer3DModel": _SHORT * 2,
     "WanVACETransformer3DModel": _WAN * 5,
     "WanAnimateTransformer3DModel": [*_ANIMATE, _FACE, *_ANIMATE],
-    "WanAnimate2Transformer3DModel": [video(2, 9, 11), cross(16), Site("cross", 5)] * 2,
+    "WanAnimate2Transformer3DModel": [video(2, 9, 11), _PADDED_TEXT, Site("cross", 5)] * 2,
     "AnyFlowTransformer3DModel": _WAN * 2,
     "AnyFlowFARTransformer3DModel": [Site("self", 512, image=0, grid=(4, 9, 11)), cross(7)] * 2,
     "HeliosTransformer3DModel": [Site("joint", 336, image=138, grid=(2, 9, 11), certain=False), cross(7)] * 2,
@@ -242,7 +250,7 @@ EXPECTED: dict[str, Expected] = {
     "LatteTransformer3DModel": [picture(9, 11), cross(7), over_frames(3)] * 2,
     # Each sample on its own, with the text that is no padding.
     "MochiTransformer3DModel": [
-        words(14),
+        pool(14),
         *[joint(keys, text=(297, keys), image=0, grid=(3, 9, 11)) for keys in (306, 310)] * 2,
     ],
     "CosmosTransformer3DModel": _SHORT * 2,
