@@ -12,31 +12,48 @@ from __future__ import annotations
 import argparse
 import inspect
 import multiprocessing
+import os
 import re
+import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
-from pathlib import Path
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import sloth_fx
 from benchmarks.common import ROOT, Table
-from sloth_fx import Constant, HyperTile, NearSightedAttention, NearSightedTile, Reduction, SlothfulAttention, SlothError
-from sloth_fx import TokenDownsample, TokenMerging
-from sloth_fx.analysis import text_kv, whole_graph
+from sloth_fx import (
+    AttentionSite,
+    Constant,
+    HyperTile,
+    NearSightedAttention,
+    NearSightedTile,
+    Reduction,
+    SlothError,
+    SlothfulAttention,
+    TokenDownsample,
+    TokenMerging,
+)
+from sloth_fx.analysis import WholeGraph, text_kv, whole_graph
 from sloth_fx.capture import capture
+from sloth_fx.capture.call import labelled_tensors
 from sloth_fx.locate import Survey, survey
 from sloth_fx.model_adapters import Arguments, adapter_for, trial_call
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import attention_cores
 from sloth_fx.planner import make_plan
+from sloth_fx.spec import Spec
+from tests.zoo.recipe import Inputs
 from tests.zoo.registry import MODELS, run
 
 PAGE = ROOT / "docs" / "coverage.md"
@@ -56,6 +73,7 @@ SPECS = (
     TokenMerging(max_depth=7),
 )
 STEPS = ("inputs", "located", "captured", "graph", "text K/V")
+KINDS = ("self", "joint", "cross", "temporal", "linear")
 COLUMNS = (*STEPS, *(type(spec).__name__ for spec in SPECS))
 
 
@@ -111,22 +129,22 @@ class Subject:
             model: nn.Module = getattr(diffusers, self.name)()
         return model.eval()
 
-    def call(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs), always the same."""
+    def inputs(self, model: nn.Module) -> Inputs:
+        """Arguments by keyword; for a class without a tiny build those that the library makes."""
         if self.tiny:
-            return (), MODELS[self.name].inputs()
+            return MODELS[self.name].inputs()
         made = trial_call(model, adapter_for(model))
         if made is None:
-            raise SlothError("its inputs are not known")
-        return made
+            raise SlothError("what inputs it takes is not known")
+        return made[1]
 
 
 def subjects(classes: Iterable[str]) -> list[Subject]:
     """The tiny builds of each class, or the class."""
-    by_class: dict[str, list[Subject]] = {}
+    builds: dict[str, list[Subject]] = {}
     for name in MODELS:
-        by_class.setdefault(name.partition("/")[0], []).append(Subject(name))
-    return [each for name in classes for each in by_class.get(name, [Subject(name)])]
+        builds.setdefault(name.partition("/")[0], []).append(Subject(name))
+    return [each for name in classes for each in builds.get(name, [Subject(name)])]
 
 
 # What it comes to
@@ -134,7 +152,7 @@ def subjects(classes: Iterable[str]) -> list[Subject]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``mark`` is one of the three, or "n/m"; ``note`` goes to the footnotes."""
+    """``note`` is for a footnote: why not."""
 
     mark: str
     note: str = ""
@@ -142,7 +160,7 @@ class Outcome:
 
 @dataclass
 class Measured:
-    """The outcomes for one subject by column, and its sites by kind."""
+    """What came of one subject, by column, and its sites by kind."""
 
     subject: Subject
     sites: Counter[str] = field(default_factory=Counter)
@@ -150,81 +168,253 @@ class Measured:
 
 
 def measure(subject: Subject) -> Measured:
-    """Every column of one subject."""
-    _prepare()
+    """Try everything on one subject."""
     measured = Measured(subject)
-    outcomes = measured.outcomes
     try:
         model = subject.build()
     except Exception as error:
-        outcomes.update({name: Outcome(FAILS, f"cannot be built: {_first_line(error)}") for name in COLUMNS})
-        return measured
-    outcomes["inputs"] = _tried(lambda: _inputs_are_made(model))
+        return replace(measured, outcomes=dict.fromkeys(COLUMNS, _failure(error, "cannot be built: ")))
+    outcomes = {"inputs": _tried(_made_inputs, model)}
     try:
-        call = subject.call(model)
-        found = survey(model, adapter_for(model), call)
+        case = _Case(subject, model, subject.inputs(model))
     except Exception as error:
-        outcomes.update({name: _failure(error) for name in COLUMNS if name not in outcomes})
-        return measured
-    measured.sites = Counter(site.kind for site in found.sites)
-    outcomes["located"] = _located(subject, found)
-    outcomes["captured"] = _tried(lambda: _captured(found))
-    outcomes.update(_whole(model, subject, call, found))
-    for spec in SPECS:
-        outcomes[type(spec).__name__] = _tried(lambda spec=spec: _transformed(model, subject, call, found, spec))
-    return measured
+        return replace(measured, outcomes={**dict.fromkeys(COLUMNS, _failure(error)), **outcomes})
+    outcomes |= {"located": _tried(case.located), "captured": _tried(case.captured), "graph": _tried(case.graph)}
+    outcomes["text K/V"] = _tried(case.text_kv)
+    outcomes |= {type(spec).__name__: _tried(case.transformed, spec) for spec in SPECS}
+    return replace(measured, sites=Counter(site.kind for site in case.found.sites), outcomes=outcomes)
 
 
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    from diffusers.utils import logging
+def _tried(attempt: Callable[..., Outcome], *arguments: Any) -> Outcome:
+    try:
+        return attempt(*arguments)
+    except Exception as error:  # of whatever kind: the table tells
+        return _failure(error)
 
-    logging.set_verbosity_error()
+
+def _failure(error: Exception, what: str = "") -> Outcome:
+    if "--trace" in sys.argv:
+        traceback.print_exception(error)
+    lines = str(error).strip().splitlines() or ["no message"]
+    kind = "" if isinstance(error, SlothError) else f"{type(error).__name__}: "
+    message = re.sub(r"0x[0-9a-f]+|(?<=attention_)\d+", "...", lines[0])  # differs from run to run
+    message = re.sub(r"^[a-z_]+(\.\w+)*(\[\d+\])?: ", "", message)  # where in the model
+    return Outcome(FAILS, f"{what}{kind}{message:.200}")
 
 
-def _inputs_are_made(model: nn.Module) -> Outcome:
+def _made_inputs(model: nn.Module) -> Outcome:
     sloth_fx.inspect(model)
     return Outcome(WORKS)
 
 
-def _located(subject: Subject, found: Survey) -> Outcome:
-    """Against the attentions that a tiny build is known to compute."""
-    seen = sum(site.kind != "linear" for site in found.sites)
-    known = len(MODELS[subject.name].expected) if subject.tiny else seen
-    return Outcome(WORKS) if seen == known else Outcome(FAILS, f"finds {seen} of {known} attentions")
+class _Case:
+    """A model with its inputs, of which attentions are found."""
 
+    def __init__(self, subject: Subject, model: nn.Module, inputs: Inputs) -> None:
+        self.subject, self.model, self.inputs = subject, model, inputs
+        self.before = run(model, inputs) if subject.tiny else []
+        self.found: Survey = survey(model, adapter_for(model), ((), inputs))
+        self.attentions = [site for site in self.found.sites if site.kind != "linear"]
+        self.whole: WholeGraph | None = None
 
-def _captured(found: Survey) -> Outcome:
-    """Whether every softmax attention is a core in the graph of its owner."""
-    linear = {site.path for site in found.sites if site.kind == "linear"}
-    if all(site.kind == "linear" for site in found.sites):
-        return Outcome(NOT_APPLICABLE, "linear attention only")
-    owners = {structure: path for path, structure in reversed(found.structure.items()) if path not in linear}
-    for structure, path in owners.items():
-        owner = found.skeleton.model.get_submodule(path)
-        resized = found.resized.get(structure, [])
-        for index, visit in enumerate(found.visits[path]):
-            graph = capture(found.skeleton, owner, visit.call, resized[index].call if index < len(resized) else None).graph
-            canonicalise(graph)
-            cores = len(attention_cores(graph))
-            if cores != visit.attentions:
-                return Outcome(FAILS, f"{cores} of {visit.attentions} attentions of {type(owner).__name__} recognised")
-    return Outcome(WORKS)
+    def located(self) -> Outcome:
+        """Against the attentions that a tiny build is known to compute."""
+        known = len(MODELS[self.subject.name].expected) if self.subject.tiny else len(self.attentions)
+        if len(self.attentions) != known:
+            return Outcome(FAILS, f"{len(self.attentions)} of {known} attentions found")
+        return Outcome(WORKS)
 
+    def captured(self) -> Outcome:
+        """Whether the graphs of all owners have as many cores as there are attentions."""
+        if not self.attentions:
+            return Outcome(NOT_APPLICABLE, "all its attention is linear")
+        counts = Counter(site.path for site in self.attentions)
+        owners = {structure: path for path, structure in self.found.structure.items() if path in counts}
+        for structure, path in owners.items():
+            owner = self.found.skeleton.model.get_submodule(path)
+            visits, resized = self.found.visits[path], self.found.resized.get(structure, [])
+            cores = 0
+            for visit, again in zip_longest(visits, resized[: len(visits)]):
+                captured = capture(self.found.skeleton, owner, visit.call, again.call if again is not None else None)
+                canonicalise(captured.graph)
+                cores += len(attention_cores(captured.graph))
+            if cores != counts[path]:
+                return Outcome(FAILS, f"{cores} of {counts[path]} attentions of {type(owner).__name__} recognised")
+        return Outcome(WORKS)
 
-def _whole(
-    model: nn.Module, subject: Subject, call: tuple[tuple[Any, ...], dict[str, Any]], found: Survey
-) -> dict[str, Outcome]:
-    """The graph of the whole model, and in it the slice from the text to keys and values."""
-    softmax = [site for site in found.sites if site.kind != "linear"]
-    try:
-        whole = whole_graph(model, *call[0], **call[1])
+    def graph(self) -> Outcome:
+        """Whether the whole model is one graph, with all attentions, that computes the same."""
+        whole = whole_graph(self.model, **self.inputs)
         cores = len(attention_cores(whole.graph))
-        if cores != len(softmax):
-            raise SlothError(f"{cores} of {len(softmax)} attentions recognised")
-        if subject.tiny and not _same(list(_run(whole, model, call)), run(model, call[1])):
-            raise SlothError("it computes something else")
-    except Exception as error:
-        return {"graph": _failure(error), "text K/V": Outcome(FAILS, "there is no graph of the whole model")}
-    return {"graph": Outcome(WORKS), "text K/V": _tried(lambda: _text(model, call, whole, softmax))}
+        if cores != len(self.attentions):
+            return Outcome(FAILS, f"{cores} of {len(self.attentions)} attentions recognised in the whole graph")
+        if self.subject.tiny:
+            with torch.no_grad():
+                out = [each for each in tree_leaves(whole(self.model, **self.inputs)) if isinstance(each, Tensor)]
+            if not all(torch.allclose(*pair, atol=1e-4) for pair in zip(out, self.before, strict=True)):
+                return Outcome(FAILS, "the whole graph computes something else")
+        self.whole = whole
+        return Outcome(WORKS)
+
+    def text_kv(self) -> Outcome:
+        """Whether the keys and values of all attention to text alone are had from the text."""
+        if self.whole is None:
+            return Outcome(NOT_APPLICABLE, "no graph of the whole model")
+        text = Arguments(self.model, adapter_for(self.model)).text((), self.inputs).values()
+        labelled = labelled_tensors(self.model.forward, (), self.inputs)
+        names = [name for name, tensor in labelled if any(tensor is each for each in text)]
+        if not names:
+            return Outcome(NOT_APPLICABLE, "no text among its inputs")
+        found = text_kv(self.whole, names)
+        missing = [i for i, site in enumerate(self.attentions) if site.kind == "cross" and i in found.reasons]
+        if found.cores and not missing:
+            return Outcome(WORKS)
+        if not any(site.kind == "cross" for site in self.attentions):
+            return Outcome(NOT_APPLICABLE, "text shares a sequence with the image")
+        return Outcome(NOT_APPLICABLE, ("in part: " if found.cores else "") + found.reasons[missing[0]])
+
+    def transformed(self, spec: Spec) -> Outcome:
+        """Whether the operator changes what the model computes, and leaves the model as it is."""
+        try:
+            make_plan([spec], self.found.sites)
+        except SlothError as refusal:
+            return Outcome(NOT_APPLICABLE, _why_nowhere(self.found.sites, refusal))
+        patched = sloth_fx.transform(self.model, spec, example_inputs=self.inputs)
+        if not self.subject.tiny:
+            return Outcome(WORKS)
+        sloth_fx.context(patched).at(EARLY)
+        after, original = run(patched, self.inputs), run(self.model, self.inputs)
+        if not all(map(torch.equal, original, self.before)):
+            return Outcome(FAILS, "the original changed")
+        if not all(each.isfinite().all() for each in after):
+            return Outcome(FAILS, "the output is not finite")
+        if all(map(torch.equal, after, self.before)):
+            return Outcome(FAILS, "nothing changes")
+        return Outcome(WORKS)
+
+
+def _why_nowhere(sites: Sequence[AttentionSite], refusal: SlothError) -> str:
+    images = [site for site in sites if site.on_image]
+    if not images:
+        return "no softmax attention of image tokens to image tokens"
+    if all(site.kind == "temporal" for site in images):
+        return "attention over frames only, which have no rows and columns"
+    if all(site.grid is None or site.kind == "temporal" for site in images):
+        return "its tokens have no known grid"
+    return _failure(refusal).note
+
+
+# The page
+
+
+def page(measured: Sequence[Measured], excluded: dict[str, str]) -> str:
+    """The whole of docs/coverage.md."""
+    footnotes: dict[str, str] = {}
+    table = Table("denoiser", "sites", *COLUMNS)
+    rows = [list(group) for _, group in groupby(measured, key=lambda each: each.subject.class_name)]
+    for row in rows:
+        cells = [_cell([each.outcomes[column] for each in row], footnotes) for column in COLUMNS]
+        table.rows.append((_label(row), _sites(row), *cells))
+    reasons = {reason: [name for name in excluded if excluded[name] == reason] for reason in excluded.values()}
+    return "\n\n".join(
+        (
+            _HEAD.format(torch=metadata.version("torch"), diffusers=metadata.version("diffusers")),
+            _totals(rows),
+            str(table),
+            "\n".join(f"{number} {note}  " for note, number in footnotes.items()).rstrip(),
+            "## What is no denoiser",
+            *(f"{reason[0].upper()}{reason[1:]}: {', '.join(names)}." for reason, names in reasons.items()),
+        )
+    )
+
+
+def _cell(outcomes: Sequence[Outcome], footnotes: dict[str, str]) -> str:
+    """Every outcome that the builds of a class have, with the number of its footnote."""
+    cells = []
+    for outcome in dict.fromkeys(outcomes):
+        number = footnotes.setdefault(outcome.note, _superscript(len(footnotes) + 1)) if outcome.note else ""
+        cells.append(f"{outcome.mark}{number}")
+    return " ".join(cells)
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _label(row: Sequence[Measured]) -> str:
+    subject = row[0].subject
+    return subject.class_name + ("" if subject.tiny else " †") + (f" ({len(row)} builds)" if len(row) > 1 else "")
+
+
+def _sites(row: Sequence[Measured]) -> str:
+    total = sum((each.sites for each in row), Counter())
+    return ", ".join(f"{total[kind]} {kind}" for kind in KINDS if total[kind]) or "none"
+
+
+def _totals(rows: Sequence[Sequence[Measured]]) -> str:
+    def works(column: str) -> int:
+        return sum(all(each.outcomes[column].mark == WORKS for each in row) for row in rows)
+
+    failing = sum(any(outcome.mark == FAILS for each in row for outcome in each.outcomes.values()) for row in rows)
+    builds = sum(len(row) for row in rows)
+    counts = ", ".join(f"{column} {works(column)}" for column in COLUMNS)
+    return f"**{len(rows)} classes in {builds} builds. Without exception in all builds: {counts}. Any ✗: {failing}.**"
+
+
+_HEAD = """# Coverage
+
+Every denoiser class that diffusers {diffusers} exports, with torch {torch}. Made by `python -m benchmarks.coverage`;
+do not edit.
+
+A denoiser is a model that takes a timestep, or one of which there is a tiny build nevertheless. Most classes have tiny
+builds with random weights (`tests/zoo`, several where options change the attention): batches of 2, grids of 9 x 11
+tokens. Where builds of a class differ, a cell lists each outcome. A class with † has none: it has its default config,
+lies on `meta` and is transformed, but not run.
+
+- sites: attentions by kind, summed over the builds.
+- inputs: `inspect(model)` runs on inputs that the library makes.
+- located: as many softmax attentions are found as the tiny build is known to compute.
+- captured: the graphs of all owners have as many attentions, cross-attention included.
+- graph: the whole model is one graph that computes the same, again with all attentions.
+- text K/V: the keys and values of all attention to text alone are computed from the text alone.
+- operators: the patched model runs, its output is finite and not the original's, and the original is as it was.
+
+✓ works; – does not apply, for the reason in the footnote; ✗ fails."""
+
+
+# The program
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", nargs="+", metavar="NAME", help="classes; the table is printed, not written")
+    options.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    options.add_argument("--trace", action="store_true", help="print the traceback of every failure")
+    chosen = options.parse_args()
+    _prepare()
+    found, excluded = denoisers()
+    unknown = sorted(set(chosen.only or ()) - set(found))
+    if unknown:
+        options.error(f"{', '.join(unknown)}: no denoisers of diffusers; these are: {', '.join(found)}")
+    todo = subjects(name for name in found if name in (chosen.only or found))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(chosen.jobs, mp_context=context, initializer=_prepare) as pool:
+        measured = list(tqdm(pool.map(measure, todo), total=len(todo), unit="model"))
+    text = page(measured, excluded)
+    if chosen.only:
+        print(text)
+    else:
+        PAGE.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _prepare() -> None:
+    """One thread per process, and none of the warnings of hosts."""
+    from diffusers.utils import logging
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()

@@ -57,6 +57,7 @@ class TimestepContext:
         self._latent: LatentSize | None = None
         self._given: LatentSize | None = None
         self._shape: tuple[int, ...] = ()
+        self._around: tuple[int, int] | None = None
         self._halves = 1
         self._applied: tuple[Any, ...] | None = None
         self._current: Layouts = ()
@@ -183,6 +184,10 @@ class TimestepContext:
         if self._phases is not None:
             self._phases = replace(self._phases, by_sigma="sigma" in self._clocks)
 
+    def located_with(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember what the call looked like from which the sites are known."""
+        self._around = self._arguments.around(args, kwargs)
+
     def try_layouts(self, plans: Iterable[SitePlan], latent: LatentSize) -> None:
         """Compute the layouts that ``plans`` would have now, for the errors that this may raise."""
         if not any("sigma" in clocks([plan]) for plan in plans) or self._moment.sigma is not None:
@@ -220,6 +225,12 @@ class TimestepContext:
                 "this call does not tell the size of its latent: no argument is a tensor (B, C, ..., H, W), and if "
                 "tokens are packed nothing says how they lie; say so with resize((rows, columns)), or register an "
                 "adapter (docs/extending.md)"
+            )
+        around = self._arguments.around(args, kwargs)
+        if self._around not in (None, around):
+            raise SlothError(
+                f"this call packs {around[0]} tokens before and {around[1]} after those of the image, and the model "
+                f"was located with {self._around}: transform it with example_inputs like these"
             )
         self._latent = latent
         shape = getattr(self._arguments.latent(args, kwargs), "shape", ())

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from sloth_fx.errors import SlothError
+
 Kind = Literal["self", "cross", "joint", "temporal", "linear"]
 Stage = Literal["in", "middle", "out"]
 
@@ -24,15 +26,26 @@ class Place(NamedTuple):
     """Where the image tokens lie in a sequence that may hold others (text, registers) as well.
 
     They are contiguous, and start ``offset`` tokens after its start, or end ``offset`` tokens before its end.
-    ``alone`` tells that there are no others.
+    ``alone`` tells that there are no others. ``others`` is the number of these where nobody knows on which side of the
+    image they would grow.
     """
 
     offset: int = 0
     from_end: bool = False
     alone: bool = True
+    others: int | None = None
 
     def start(self, total: int, tokens: int) -> int:
-        """The first image token, of ``tokens`` in a sequence of ``total``."""
+        """The first image token, of ``tokens`` in a sequence of ``total``.
+
+        Raises :class:`SlothError` where that cannot be told.
+        """
+        if self.others is not None and total - tokens != self.others:
+            raise SlothError(
+                f"{total - tokens} other tokens surround the {tokens} of the image, which had {self.others} around "
+                "them when it was located, and where the new ones are is not known: transform the model with "
+                "example_inputs like these"
+            )
         return total - tokens - self.offset if self.from_end else self.offset
 
 

@@ -103,6 +103,7 @@ class _Request:
             patch.context.try_layouts(plan.sites, found.latent)
 
         # From here on nothing can fail.
+        patch.context.located_with(*call)
         acting: dict[str, tuple[str, ...]] = {}
         for path, (owner, visits) in done.items():
             plans = plan.by_owner()[path]
@@ -112,8 +113,8 @@ class _Request:
                     made = make_operators(rewritten, each, visit.number)
                     operators |= made
                     patch.context.attach(each, list(made.values()))
-                    for call in visit.served[core]:
-                        name = plans[call].site.name
+                    for number in visit.served[core]:
+                        name = plans[number].site.name
                         acting[name] = tuple(type(spec).__name__ for spec in each.specs)
                         notes[name] = rewritten.done[core]
                 patch.graphs[path] = rewritten.graph

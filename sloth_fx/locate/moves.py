@@ -100,6 +100,11 @@ def _padded(tensor: torch.Tensor, outputs: list[torch.Tensor], pad: list[int], v
     return [places]
 
 
+def _bordered(tensor: torch.Tensor, outputs: list[torch.Tensor], padding: list[int]) -> list[Places]:
+    """A border of copies stands for nothing new."""
+    return _padded(tensor, outputs, padding)
+
+
 def _rolled(
     tensor: torch.Tensor, outputs: list[torch.Tensor], shifts: list[int], dims: Sequence[int] = ()
 ) -> list[Places]:
@@ -240,7 +245,7 @@ MOVES: Mapping[str, Callable[..., list[Places]]] = {
     "pixel_unshuffle": _unshuffled,
     "im2col": _patches,
     "scatter": _scattered,
-    **dict.fromkeys((f"{kind}_pad{ndim}d" for kind in ("reflection", "replication") for ndim in (1, 2, 3)), _padded),
+    **dict.fromkeys((f"{kind}_pad{ndim}d" for kind in ("reflection", "replication") for ndim in (1, 2, 3)), _bordered),
     "view_as_real": _real_parts,
     "view_as_complex": _complex,
 }

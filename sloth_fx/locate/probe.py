@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from sloth_fx.capture.host_functions import HostCall, HostFunction, intercept
 from sloth_fx.errors import RefusedInputsError
 from sloth_fx.locate.places import Places, spread, varies
-from sloth_fx.locate.provenance import Provenance, Scores, Source
+from sloth_fx.locate.provenance import Packed, Provenance, Scores, Source
 from sloth_fx.locate.tags import places_of, set_places
 
 _SDPA = F.scaled_dot_product_attention
@@ -71,7 +71,8 @@ class Stage(Protocol):
 class Probe(TorchFunctionMode):
     """Everything one run of ``stage`` on ``(args, kwargs)`` tells.
 
-    ``inputs`` are the tensors among the arguments whose elements are followed, by name, the latent first.
+    ``inputs`` are the tensors among the arguments whose elements are followed, by name, the latent first; ``packed``
+    tells which tokens of that are its own.
     ``attentions`` are in order of execution; ``skips`` are the channel concatenations that join an older feature map
     (when it was made, when it was joined): the skip connections of a UNet, which tell its stages apart.
     With ``until`` the run stops once attention was seen as often as that in each of these modules (paths).
@@ -84,6 +85,7 @@ class Probe(TorchFunctionMode):
         kwargs: dict[str, Any],
         inputs: Mapping[str, torch.Tensor],
         until: Mapping[str, int] | None = None,
+        packed: Packed | None = None,
     ) -> None:
         super().__init__()
         self._awaited = dict(until or {})
@@ -93,7 +95,7 @@ class Probe(TorchFunctionMode):
         self._made: dict[int, tuple[int, torch.Tensor]] = {}  # by id: when, and itself
         self._last_chunk: tuple[OwnerCall, torch.UntypedStorage, torch.UntypedStorage] | None = None
         self._stack: list[OwnerCall] = []
-        self._provenance = Provenance(inputs, self._spelled_out, self._without_softmax)
+        self._provenance = Provenance(inputs, self._spelled_out, self._without_softmax, packed)
         self._inside = False  # a function that computes attention, whose own operations tell nothing
         try:
             with ExitStack() as stack:

@@ -44,6 +44,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Which tokens of a packed input, ``start`` to ``stop`` along ``axis``, are the latent's; others may be text."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def alone(self, places: Places) -> Places:
+        index = np.arange(places.shape[self.axis]).reshape(-1, *[1] * (places.ndim - self.axis - 1))
+        return np.where((index >= self.start) & (index < self.stop), places, NOWHERE)
+
+
+@dataclass(frozen=True)
 class Scores:
     """The product of queries (..., N, D) and transposed keys (..., D, M)."""
 
@@ -57,10 +70,15 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ``on_attention(scores)`` is called where the softmax of a product of two activations is multiplied with a third;
     ``on_linear()`` where keys and values are multiplied over all tokens, before any query. ``inputs`` are the tensors
     that have places, by name, the most telling first: where elements of several meet, the first one names the result.
+    Of the first one, the latent, ``packed`` tells which tokens it is.
     """
 
     def __init__(
-        self, inputs: Mapping[str, torch.Tensor], on_attention: Callable[[Scores], None], on_linear: Callable[[], None]
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        on_attention: Callable[[Scores], None],
+        on_linear: Callable[[], None],
+        packed: Packed | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sources: list[Source] = []
@@ -72,7 +90,10 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             source = Source(name, tuple(tensor.shape), first)
             self.sources.append(source)
             first += tensor.numel()
-            set_places(tensor, np.arange(source.first, first).reshape(source.shape))
+            places = np.arange(source.first, first).reshape(source.shape)
+            if packed is not None and len(self.sources) == 1:
+                places = packed.alone(places)
+            set_places(tensor, places)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

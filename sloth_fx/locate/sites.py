@@ -126,13 +126,15 @@ class _Places:
     def _place(self, tokens: Tokens, before: int, after: int, resized: Tokens | None) -> Place:
         if before == after == 0:
             return Place()
-        if resized is not None and resized.image is not None:
-            still_before = resized.image.start == before
-            still_after = resized.total - resized.image.stop == after
-            if still_before != still_after:
-                return Place(before if still_before else after, from_end=not still_before, alone=False)
+        others = before + after
+        if resized is not None and resized.image is not None and before > 0 and after > 0:
+            again = resized.image.start, resized.total - resized.image.stop
+            if sum(again) != others and (again[0] == before) != (again[1] == after):
+                from_start = again[0] == before
+                return Place(before if from_start else after, from_end=not from_start, alone=False)
         from_end = before > 0 and (after == 0 or (tokens.text is not None and tokens.text[0] < before))
-        return Place(after if from_end else before, from_end=from_end, alone=False)
+        sure = before == 0 or after == 0
+        return Place(after if from_end else before, from_end, alone=False, others=None if sure else others)
 
 
 def _divisors(image: ImageTokens | None, latent: LatentSize | None) -> _Divisors | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from sloth_fx.capture.capture import Call, fingerprint
 from sloth_fx.capture.skeleton import Rehearsal, Skeleton
 from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.locate.probe import Probe
+from sloth_fx.locate.provenance import Packed
 from sloth_fx.locate.resize import resized_calls
 from sloth_fx.locate.sites import locate
 from sloth_fx.locate.tokens import LATENT, Latent, guess_axes
@@ -58,16 +60,17 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     skeleton = Skeleton(model)
     arguments = Arguments(model, adapter)
     size = arguments.size(*call)  # before the values of the arguments are gone
+    packed = _packed(adapter, arguments, call, size)
     try:
         args, kwargs = _small_ones_real(skeleton, call)
-        probe = Probe(skeleton, args, kwargs, _followed(arguments, args, kwargs))
+        probe = Probe(skeleton, args, kwargs, _followed(arguments, args, kwargs), packed=packed)
     except RefusedInputsError as refusal:
         if not _steered_by_values(refusal):
             raise
-        probe = _rehearsed(model, arguments, call, refusal)
+        probe = _rehearsed(model, arguments, call, packed, refusal)
     if not probe.attentions:
         raise SlothError(f"{type(model).__name__} computes no attention: there is nothing to transform")
-    latent = Latent(adapter.axes or _axes(probe), size)
+    latent = Latent(adapter.axes or _axes(probe), size, packed.start if packed is not None else 0)
     visits = _visits(skeleton, probe)
     structure = {path: _structure(skeleton, path, each) for path, each in visits.items()}
     examples = {each: path for path, each in reversed(structure.items())}  # the first owner of each structure
@@ -77,7 +80,7 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     again = _visits(skeleton, resized[0]) if resized is not None else {}
     return Survey(
         skeleton,
-        locate(probe, latent, text, resized),
+        locate(probe, latent, text, resized if packed is None else None),
         visits,
         structure,
         {each: again[path] for each, path in examples.items() if path in again},
@@ -99,11 +102,22 @@ def as_call(example_inputs: Any) -> Call:
     )
 
 
+def _packed(adapter: ModelAdapter, arguments: Arguments, call: Call, size: LatentSize | None) -> Packed | None:
+    """Which tokens of a packed latent are its own, where there are others."""
+    latent = arguments.latent(*call)
+    axes = adapter.axes or "bnc"
+    if size is None or not isinstance(latent, torch.Tensor) or latent.ndim != len(axes) or "n" not in axes:
+        return None
+    axis = axes.index("n")
+    start, count = arguments.first(*call), math.prod(size)
+    return Packed(axis, start, start + count) if latent.shape[axis] > count else None
+
+
 def _steered_by_values(refusal: SlothError) -> bool:
     return isinstance(refusal.__cause__, (DataDependentOutputException, DynamicOutputShapeException))
 
 
-def _rehearsed(model: nn.Module, arguments: Arguments, call: Call, refusal: SlothError) -> Probe:
+def _rehearsed(model: nn.Module, arguments: Arguments, call: Call, packed: Packed | None, refusal: SlothError) -> Probe:
     """A run of a copy of the model on real data, for hosts that steer by what they compute (a mixture of experts)."""
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
@@ -118,7 +132,7 @@ def _rehearsed(model: nn.Module, arguments: Arguments, call: Call, refusal: Slot
         return {name: real(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     args, kwargs = real(call)
-    return Probe(Rehearsal(model), args, kwargs, _followed(arguments, args, kwargs))
+    return Probe(Rehearsal(model), args, kwargs, _followed(arguments, args, kwargs), packed=packed)
 
 
 def _small_ones_real(skeleton: Skeleton, value: Any) -> Any:
@@ -204,8 +218,7 @@ def _comparable(pattern: Any) -> Hashable:
     if isinstance(pattern, tuple):
         return tuple(map(_comparable, pattern))
     plain = pattern is None or pattern is ... or isinstance(pattern, (bool, int, float, str))
-    comparable: Hashable = pattern if plain else type(pattern)
-    return comparable
+    return pattern if plain else cast(Hashable, type(pattern))
 
 
 def _probe_resized(

@@ -24,11 +24,13 @@ class Latent:
     """How the model's latent is laid out.
 
     ``axes`` has a letter for each dimension, of which ``t``, ``h`` and ``w`` are frames, rows and columns, and ``n``
-    tokens that the host has packed. ``size`` says how many there are (``None``: unknown).
+    tokens that the host has packed. ``size`` says how many there are (``None``: unknown), and ``first`` which of the
+    packed tokens is the first of these.
     """
 
     axes: str
     size: LatentSize | None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def _coordinates(places: Places, source: Source, latent: Latent) -> list[_Number
     if "n" in by_axis:
         if latent.size is None:
             return None
-        packed = by_axis["n"][by_axis["n"] < math.prod(latent.size)]
-        if len(packed) < math.prod(latent.size):  # a part of them, or of other images
+        packed = by_axis["n"] - latent.first
+        if len(packed) < math.prod(latent.size):  # a part of them
             return None
         return list(np.unravel_index(packed, tuple(latent.size)))
     if "b" in by_axis and "t" not in by_axis and len(np.unique(by_axis["b"])) > 1:  # frames that the host calls a batch

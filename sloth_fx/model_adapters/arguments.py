@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
-from math import isclose
+from math import isclose, prod
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ NOT_TEXT = (
     *("time", "sigma", "pooled", "global", "guidance", "label", "cache"),
 )
 """A tensor argument is text unless one of the words of its name (between underscores) begins with one of these."""
+
+
+_Found: TypeAlias = tuple[int, LatentSize]  # the first token, and the size
 
 
 class Arguments:
@@ -63,15 +66,35 @@ class Arguments:
     def size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LatentSize | None:
         """The latent's size in its own units: pixels of the latent, or tokens where it is packed. ``None`` where that
         is not said, or where ids have no values (on ``meta``, or fake)."""
+        found = self._found(args, kwargs)
+        return found[1] if found is not None else None
+
+    def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Which token of a packed latent is its first, where a host packs text or other images in front of it."""
+        found = self._found(args, kwargs)
+        return found[0] if found is not None else 0
+
+    def around(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+        """How many other tokens a packed latent holds before and after its own."""
+        axes, latent = self._adapter.axes or "", self.latent(args, kwargs)
+        found = self._found(args, kwargs)
+        if found is None or "n" not in axes or not isinstance(latent, torch.Tensor) or latent.ndim != len(axes):
+            return 0, 0
+        first, size = found
+        return first, int(latent.shape[axes.index("n")]) - first - prod(size)
+
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Found | None:
         adapter = self._adapter
         if adapter.ids is not None:
             rows = self._named(adapter.id_rows, args, kwargs) if adapter.id_rows is not None else None
-            return _size_of_ids(self._named(adapter.ids, args, kwargs), adapter.id_axes, rows)
+            return _found_in_ids(self._named(adapter.ids, args, kwargs), adapter.id_axes, rows)
         if adapter.shapes is not None:
-            return _size_of_shapes(self._named(adapter.shapes, args, kwargs), adapter.target)
+            return _found_in_shapes(self._named(adapter.shapes, args, kwargs), adapter.target)
         if adapter.sizes is not None:
-            return _size_of_numbers([self._named(name, args, kwargs) for name in adapter.sizes])
-        return _size_of_latent(self.latent(args, kwargs), adapter.axes)
+            size = _size_of_numbers([self._named(name, args, kwargs) for name in adapter.sizes])
+        else:
+            size = _size_of_latent(self.latent(args, kwargs), adapter.axes)
+        return (0, size) if size is not None else None
 
     def _latent_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if self._adapter.latent is not None:
@@ -128,7 +151,7 @@ def _size_of_numbers(numbers: Sequence[Any]) -> LatentSize | None:
     return LatentSize(frames, rows, columns)
 
 
-def _size_of_shapes(shapes: Any, target: int) -> LatentSize | None:
+def _found_in_shapes(shapes: Any, target: int) -> _Found | None:
     """Of (frames, rows, columns), of a list of such, or of such a list for each image of the batch."""
     depth, inner = 0, shapes
     while isinstance(inner, (list, tuple)) and inner:
@@ -136,20 +159,22 @@ def _size_of_shapes(shapes: Any, target: int) -> LatentSize | None:
     if not 1 <= depth <= 3 or isinstance(inner, (list, tuple)):
         return None
     of_image = shapes[0] if depth == 3 else shapes
+    before: Sequence[Any] = ()
     if depth > 1:
         # One list for each image names its references too; a plain list has one entry for each image.
         index = target if depth == 3 else 0
         if not -len(of_image) <= index < len(of_image):
             return None
-        of_image = of_image[index]
-    return _size_of_numbers(of_image)
+        before, of_image = of_image[: index % len(of_image)], of_image[index]
+    size = _size_of_numbers(of_image)
+    return (sum(prod(map(int, each)) for each in before), size) if size is not None else None
 
 
 _seen: Any = WeakIdKeyDictionary()
 """Sizes that were read from tensors of ids, so that a sampling run reads them once: reading waits for the device."""
 
 
-def _size_of_ids(ids: Any, id_axes: str, rows: Any) -> LatentSize | None:
+def _found_in_ids(ids: Any, id_axes: str, rows: Any) -> _Found | None:
     if not isinstance(ids, torch.Tensor) or not _has_values(ids) or (rows is not None and not _has_values(rows)):
         return None
     version = 0 if ids.is_inference() else ids._version
@@ -157,8 +182,8 @@ def _size_of_ids(ids: Any, id_axes: str, rows: Any) -> LatentSize | None:
     if known is None or known[:2] != (version, id_axes):
         known = version, id_axes, _read_ids(ids, id_axes, rows)
         _seen[ids] = known
-    size: LatentSize | None = known[2]
-    return size
+    found: _Found | None = known[2]
+    return found
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
@@ -166,9 +191,9 @@ def _has_values(tensor: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type != "meta" and not is_fake(tensor)
 
 
-def _read_ids(ids: torch.Tensor, id_axes: str, rows: Any) -> LatentSize | None:
-    """The size of the first image of which the tokens span a grid; text, which hosts put in front of it with
-    coordinates of its own, does not."""
+def _read_ids(ids: torch.Tensor, id_axes: str, rows: Any) -> _Found | None:
+    """Where the latent begins, and its size: that of the first image of which the tokens span a grid; text, which hosts
+    put in front of it with coordinates of its own, does not."""
     coordinates = ids.detach().cpu().reshape(-1, *ids.shape[-2:])[0]
     if coordinates.shape[-1] < len(id_axes):
         return None
@@ -176,12 +201,15 @@ def _read_ids(ids: torch.Tensor, id_axes: str, rows: Any) -> LatentSize | None:
         coordinates = coordinates[rows.detach().cpu().reshape(-1)]
     columns = [id_axes.find(letter) for letter in "tfhw"]
     tokens = [tuple(token[column] if column >= 0 else 0 for column in columns) for token in coordinates.tolist()]
-    for _, image in groupby(tokens, key=itemgetter(0)):
+    first = 0
+    for _, group in groupby(tokens, key=itemgetter(0)):
+        image = list(group)
         frames = [_grid(frame) for _, frame in groupby(image, key=itemgetter(1))]
         if frames[0] != (1, 1):
             alike = takewhile(lambda grid, first=frames[0]: grid == first, frames)  # type: ignore[misc]
-            return LatentSize(len(list(alike)), *frames[0])
-    return LatentSize(1, 1, 1) if tokens else None
+            return first, LatentSize(len(list(alike)), *frames[0])
+        first += len(image)
+    return (0, LatentSize(1, 1, 1)) if tokens else None
 
 
 def _grid(tokens: Iterable[tuple[Any, ...]]) -> tuple[int, int]:

@@ -35,7 +35,7 @@ _PER_TOKEN = _SUMS | _PRODUCTS | _CASTS | _SHAPES | _ARITHMETIC
 _JOINING = frozenset(
     {"cat", "concat", "type_as", "view_as", "expand_as", "to"}
 )  # others, and what lends a type or shape
-_PER_TOKEN_MODULES = ("LayerNorm", "RMSNorm", "Norm", "Identity", "Dropout")
+_PER_TOKEN_MODULES = ("LayerNorm", "RMSNorm", "Identity", "Dropout")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from sloth_fx.passes.core import AttentionCore
 from sloth_fx.passes.key_path import Path, is_rotated, paths
 from sloth_fx.passes.merging import MergedAttention, Merging
 from sloth_fx.passes.token_axis import Sizes
+from sloth_fx.passes.walk import tensor_of
 
 __all__ = ["MergedAttention", "Merging", "merge_tokens"]
 
@@ -41,7 +42,8 @@ def merge_tokens(
     ``image_tokens`` is how many of the captured keys are the image's (default: all), ``tokens`` which are merged:
     "all", "q" or "kv". From ``level`` 1 on they are merged at the attention, because the owner does not follow fewer.
     """
-    total = core.key.meta["hint"].shape[-2]
+    keys, queries = tensor_of(core.key), core.query.meta["hint"]
+    total = (keys if keys is not None else queries).shape[-2]  # the keys of a reduction have no hint
     sizes = Sizes(image_tokens or total, total)
     roles = core.query, core.key, core.value
     found = [_path(end, roles, owner, sizes) for end in roles]

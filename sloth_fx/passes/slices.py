@@ -110,7 +110,7 @@ def _in_slices(attend: Attend, dim: int, size: int) -> Attend:
         for start in range(0, query.shape[dim], size):
             part = query.narrow(dim, start, min(size, query.shape[dim] - start))
             keys, values, hidden = key, value, mask
-            if False:
+            if dim == 0:
                 keys, values = key[start : start + size], value[start : start + size]
             if mask is not None:
                 axis = dim - query.ndim  # the mask may have fewer dimensions

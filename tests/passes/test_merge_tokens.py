@@ -7,11 +7,12 @@ from torch import nn
 
 from sloth_fx.capture import Skeleton, capture
 from sloth_fx.errors import SlothError
-from sloth_fx.operators import KeyLayout, causal_mask
+from sloth_fx.operators import KeyLayout, Pooling, causal_mask
 from sloth_fx.operators.merging import merge_map
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import attention_cores
 from sloth_fx.passes.merge_tokens import MergedAttention, Merging, merge_tokens, rotates
+from sloth_fx.passes.reduce_kv import KeyValueReduction, reduce_kv
 from sloth_fx.passes.tile_queries import TiledAttention, tile_queries
 from sloth_fx.rewrite import generate
 from sloth_fx.site import Place
@@ -167,6 +168,22 @@ def test_a_causal_host_stays_so():
     torch.testing.assert_close(function(), by_matrices(*tensors, mean, None, None, target, seen), atol=1e-5, rtol=1e-5)
     module.merge.merging = Merging(0.0, tokens="q")
     assert torch.equal(function(), module(x))
+
+
+def test_where_keys_are_reduced_queries_alone_are_merged():
+    module, x = Plain(), torch.randn(BATCH, TOKENS, CHANNELS)
+    skeleton = Skeleton(module)
+    result = capture(skeleton, skeleton.model, skeleton.fake_inputs(((x,), {})), None)
+    (core,) = attention_cores(result.graph)
+    core, _ = reduce_kv(result.graph, core, "reduce", result.owner)
+    assert merge_tokens(result.graph, core, "merge", result.owner, tokens="q") == "queries merged at the attention"
+    module.reduce = KeyValueReduction("site", Pooling(), KeyLayout(GRID, window=(2, 3)))
+    module.merge = MergedAttention("site", core.attend, LAYOUT, Merging(0.5, (2, 3), "q"), seed=7)
+    few = x.unflatten(1, GRID)[:, ::2, ::3].flatten(1, 2)
+    query, key, value = (module.heads(to(y)) for to, y in ((module.to_q, x), (module.to_k, few), (module.to_v, few)))
+    mean, _, target = matrix_of(query.transpose(1, 2).flatten(2))
+    correct = by_matrices(query, key, value, mean, None, None, target)
+    torch.testing.assert_close(generate(result.graph, "test")(module, x), correct, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rotary", [False, True])

@@ -1,0 +1,353 @@
+"""Places against real tensors of whole numbers: what moves the numbers of an input has to move their places."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.locate.places import NOWHERE
+from sloth_fx.locate.provenance import Provenance
+from sloth_fx.locate.tags import places_of
+
+IMAGE = (2, 3, 6, 10)
+VIDEO = (2, 3, 5, 6, 10)
+SEQUENCE = (3, 15, 4)
+TEXT = (3, 7, 4)
+
+
+class Run:
+    """``function`` of shapes alone, followed."""
+
+    def __init__(self, function, *shapes):
+        self.attentions, self.linear = [], 0
+        skeleton = Skeleton(function if isinstance(function, nn.Module) else nn.Identity())
+        inputs = [skeleton.fake(torch.empty(shape, device="meta")) for shape in shapes]
+        named = {str(index): tensor for index, tensor in enumerate(inputs)}
+        self.provenance = Provenance(named, self.attentions.append, self._count)
+        with skeleton.running(), self.provenance:
+            self.result = (skeleton.model if isinstance(function, nn.Module) else function)(*inputs)
+
+    def _count(self):
+        self.linear += 1
+
+    @property
+    def places(self):
+        found = places_of(self.result)
+        return None if found is None else np.array(found)
+
+
+def numbered(*shapes):
+    """Tensors that hold the places of their own elements."""
+    ends = np.cumsum([0, *map(np.prod, shapes)])
+    return [
+        torch.arange(start, start + np.prod(shape)).reshape(shape) for start, shape in zip(ends, shapes, strict=False)
+    ]
+
+
+def windows_of(x, size=2):
+    """Of (B, H, W, C), as windowed transformers cut them out."""
+    b, h, w, c = x.shape
+    return x.view(b, h // size, size, w // size, size, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, size * size, c)
+
+
+def by_chunks(x):
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[1], 4):
+        out[:, start : start + 4] = x[:, start : start + 4]
+    return out
+
+
+EXACT = {
+    "view": lambda x: x.view(3, 3, 5, 4),
+    "flatten": lambda x: x.flatten(1),
+    "unflatten": lambda x: x.unflatten(1, (5, -1)).unflatten(-1, (2, 2)),
+    "transpose": lambda x: x.transpose(-1, 1),
+    "permute": lambda x: x.permute(2, 0, 1),
+    "movedim": lambda x: x.movedim(0, -1),
+    "contiguous": lambda x: x.mT.contiguous().reshape(3, -1),
+    "squeeze": lambda x: x[:, None].squeeze(1)[..., None, :].squeeze(-2),
+    "expand": lambda x: x[:, None].expand(3, 2, 15, 4).flatten(0, 1),
+    "repeat": lambda x: x.repeat(2, 1, 1),
+    "repeat_tokens": lambda x: x.repeat(1, 2, 3),
+    "repeat_interleave": lambda x: x.repeat_interleave(3, dim=1),
+    "tile": lambda x: x.tile(2, 1),
+    "slices": lambda x: x[1:, 2:-3:2, -1:],
+    "select": lambda x: x[:, 4],
+    "split": lambda x: torch.cat(x.split([4, 5, 6], 1)[::-1], 1),
+    "split_evenly": lambda x: torch.cat(x.split(4, 1)[::-1], 1),
+    "chunk": lambda x: torch.stack(x.chunk(3, dim=1)[::-1], 1),
+    "unbind": lambda x: torch.stack(x.unbind(1)[::-1], 1),
+    "cat_batches": lambda x: torch.cat([x, x]),
+    "cat_tokens": lambda x: torch.cat([x[:, 5:], x[:, :5]], dim=1),
+    "stack": lambda x: torch.stack([x, x.flip(1)], dim=1),
+    "flip": lambda x: x.flip(1, 2),
+    "roll": lambda x: x.roll((2, -3), (0, 1)),
+    "roll_a_map": lambda x: torch.roll(x.view(3, 3, 5, 4), shifts=(-1, 2), dims=(1, 2)),
+    "index": lambda x: x[:, torch.arange(15).flip(0)],
+    "index_by_two": lambda x: x[torch.tensor([[2], [0]]), torch.tensor([[1, 5, 14]])],
+    "index_select": lambda x: x.index_select(1, torch.tensor([3, 3, 1, 14])),
+    "gather": lambda x: x.gather(1, torch.tensor([4, 0, 9]).view(1, 3, 1).expand(3, 3, 4)),
+    "take_along_dim": lambda x: x.take_along_dim(torch.tensor([4, 0, 9]).view(1, 3, 1), 1),
+    "mask": lambda x: x[:, torch.arange(15) % 4 != 1],
+    "mask_of_rows_and_tokens": lambda x: x[torch.arange(45).view(3, 15) % 4 != 1],
+    "windows_by_unfold": lambda x: x.unfold(1, 5, 2),
+    "windows_by_permute": lambda x: windows_of(x[:, :12].unflatten(1, (2, 6))),
+    "einops": lambda x: rearrange(x, "b (h w) c -> (b h) w c", h=3),
+    "einops_swaps": lambda x: rearrange(x, "b (h p w) (c d) -> b (h w) (d c p)", h=5, p=3, d=2),
+    "a_loop_of_chunks": by_chunks,
+    "index_put": lambda x: x.clone().index_put_((torch.tensor([0, 2]), torch.tensor([3, 4])), x[1, :2]),
+    "index_copy": lambda x: torch.empty_like(x).index_copy_(1, torch.arange(14, -1, -1), x),
+    "scatter": lambda x: torch.empty_like(x).scatter(1, torch.arange(14, -1, -1).view(1, 15, 1).expand(3, 15, 4), x),
+    "masked_scatter": lambda x: x.masked_scatter((torch.arange(15) > 11)[:, None], x.flip(1)),
+    "where": lambda x: torch.where((torch.arange(15) < 4)[:, None], x, x),
+    "clone": lambda x: x.clone(),
+    "view_as": lambda x: x.mT.view_as(x.mT),
+    "narrow": lambda x: x.narrow(1, 3, 7),
+    "hsplit": lambda x: x.tensor_split(2, dim=1)[1],
+    "unfold_twice": lambda x: x.view(3, 3, 5, 4).unfold(1, 2, 1).unfold(2, 3, 2),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_moves_numbers_moves_places(name):
+    [expected] = numbered(SEQUENCE)
+    assert (Run(EXACT[name], SEQUENCE).places == EXACT[name](expected).numpy()).all()
+
+
+def written(x):
+    out = x.clone()
+    out[:, 3:5] = x[:, 8:10]
+    return out
+
+
+PADDED = {
+    "constant": lambda x, n: F.pad(x, (1, 2, 0, 3), value=n),
+    "negative": lambda x, n: F.pad(x, (-1, 2, 3, -2), value=n),
+    "channels": lambda x, n: F.pad(x, (0, 0, 0, 0, 1, 0), value=n),
+    "by_cat": lambda x, n: torch.cat([x, torch.full((2, 3, 2, 10), n, dtype=x.dtype)], dim=2),
+    "into_a_buffer": lambda x, n: _buffered(x, n),
+}
+
+
+def _buffered(x, nothing):
+    out = torch.full((2, 3, 8, 11), nothing, dtype=x.dtype)
+    out[:, :, 1:7, :10] = x
+    return out
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_stands_for_nothing(name):
+    [numbers] = numbered(IMAGE)
+    expected = PADDED[name](numbers, NOWHERE).numpy()
+    assert (Run(lambda x: PADDED[name](x, 0), IMAGE).places == expected).all()
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_border_of_copies(mode):
+    """Padded by the host, and convolved without padding: every pixel once."""
+    x = Run(lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), torch.empty(4, 3, 3, 3)), IMAGE).places
+    assert (x[:, 0] == numbered(IMAGE)[0].numpy()[:, 0]).all()
+
+
+SCALED = {
+    "patches": lambda x: F.conv2d(x, torch.empty(4, 3, 2, 2), stride=2),
+    "halved": lambda x: F.conv2d(x, torch.empty(4, 3, 3, 3), stride=2, padding=1),
+    "padded_at_the_end": lambda x: F.conv2d(F.pad(x, (0, 1, 0, 1)), torch.empty(4, 3, 3, 3), stride=2),
+    "average": lambda x: F.avg_pool2d(x, 2),
+    "maximum": lambda x: F.max_pool2d(x, 2),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, (3, 5)),
+    "nearest": lambda x: F.interpolate(x, size=(3, 5)),
+    "bilinear": lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear"),
+    "strided": lambda x: x[:, :, ::2, ::2],
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
+    "einops": lambda x: rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2),
+    "unfolded": lambda x: F.unfold(x, 2, stride=2).unflatten(-1, (3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_token_of_a_coarser_map_lies_in_its_cell(name):
+    """Whatever made it: the places of (B, C, 3, 5) are 15 pixels, rows below rows and columns beside columns."""
+    places = Run(SCALED[name], IMAGE).places.min(1, keepdims=True)
+    batch, channel, row, column = np.unravel_index(places, IMAGE)
+    assert places.shape == (2, 1, 3, 5)
+    assert (batch == np.arange(2).reshape(2, 1, 1, 1)).all()
+    assert (channel == 0).all()
+    assert (row == row[:1, :, :, :1]).all()
+    assert (column == column[:1, :, :1]).all()
+    assert (np.diff(row, axis=2) > 0).all()
+    assert (np.diff(column, axis=3) > 0).all()
+
+
+def test_an_upsampled_map_has_the_places_of_the_one_that_it_joins():
+    def decoder(x):
+        fine = F.conv2d(x, torch.empty(3, 3, 3, 3), padding=1)
+        coarse = F.conv2d(fine, torch.empty(3, 3, 3, 3), stride=2, padding=1)
+        return torch.cat([F.interpolate(coarse, scale_factor=2), fine], 1), F.interpolate(coarse, scale_factor=2)
+
+    run = Run(lambda x: decoder(x)[0], IMAGE)
+    assert (run.places == numbered(IMAGE)[0].numpy()[:, :1]).all()
+    assert (Run(lambda x: decoder(x)[1], IMAGE).places == numbered(IMAGE)[0].numpy()[:, :1]).all()
+
+
+def test_an_upsampled_map_of_a_size_that_was_never_seen_repeats_places():
+    [numbers] = numbered(IMAGE)
+    places = Run(lambda x: F.interpolate(x, scale_factor=3), IMAGE).places
+    assert (places[:, 0] == numbers.repeat_interleave(3, 2).repeat_interleave(3, 3).numpy()[:, 0]).all()
+
+
+def test_a_causal_convolution_of_frames():
+    """Two frames of nothing in front: the first result stands for the first frame."""
+    convolve = lambda x: F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), torch.empty(4, 3, 3, 3, 3))  # noqa: E731
+    assert (Run(convolve, VIDEO).places == numbered(VIDEO)[0].numpy()[:, :1]).all()
+
+
+def test_a_convolution_of_a_sequence():
+    waveform = (2, 3, 15)
+    assert (
+        Run(lambda x: F.conv1d(x, torch.empty(4, 3, 5), padding=2), waveform).places
+        == numbered(waveform)[0].numpy()[:, :1]
+    ).all()
+    halved = Run(lambda x: F.conv1d(x, torch.empty(4, 3, 3), stride=2, padding=1), waveform).places
+    assert halved.shape == (2, 4, 8)
+    assert (np.diff(halved[:, 0], axis=1) > 0).all()
+
+
+KEPT = {
+    "linear": lambda x: F.linear(x, torch.empty(9, 4), torch.empty(9)),
+    "matmul": lambda x: x @ torch.empty(4, 9),
+    "einsum": lambda x: torch.einsum("bnc,cd->bnd", x, torch.empty(4, 9)),
+    "einsum_with_heads": lambda x: torch.einsum("bnc,hcd->bhnd", x, torch.empty(2, 4, 9))[:, 1],
+    "layer_norm": lambda x: F.layer_norm(x, (4,)),
+    "rms_norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "group_norm": lambda x: F.group_norm(x.mT, 2).mT,
+    "modulated": lambda x: x * (1 + torch.empty(3, 1, 4)) + torch.empty(15, 4),
+    "residual": lambda x: x + F.gelu(F.linear(x, torch.empty(4, 4))),
+    "in_place": lambda x: x.clone().mul_(2).add_(torch.empty(3, 1, 4)),
+    "gated": lambda x: torch.cat([x, x], -1).chunk(2, -1)[0] * torch.sigmoid(x),
+    "half": lambda x: x.to(torch.float16).float(),
+    "rotated": lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2),
+    "rotated_by_complex_numbers": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (2, 2))) * torch.polar(torch.ones(15, 2), torch.zeros(15, 2))
+    ).flatten(-2),
+    "attended": lambda x: F.scaled_dot_product_attention(x, x.flip(1), x.flip(1)),
+    "attended_by_hand": lambda x: (x @ x.flip(1).mT).softmax(-1) @ x.flip(1),
+    "masked": lambda x: x.masked_fill((torch.arange(15) > 9)[:, None], 0.0),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_works_on_each_token_keeps_its_place(name):
+    expected = np.arange(45).reshape(3, 15) * 4
+    places = Run(KEPT[name], SEQUENCE).places
+    assert (places.min(-1) == expected).all()
+    assert (places // 4 == expected[..., None] // 4).all()
+
+
+LOST = {
+    "sum": lambda x: x.sum(1),
+    "mean": lambda x: x.mean(1, keepdim=True).expand(3, 15, 4),
+    "sorted": lambda x: x.sort(1).values,
+    "gathered_by_what_was_computed": lambda x: x.gather(1, x.argsort(1)),
+    "scattered_by_what_was_computed": lambda x: torch.empty_like(x).scatter(1, x.argsort(1), x),
+    "picked_by_what_was_computed": lambda x: x[:, x[0, :, 0].argsort()],
+    "rolled_along_everything": lambda x: x.roll(2),
+    "an_unknown_shape": lambda x: x.as_strided((3, 15, 4), (60, 1, 15)),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_mixes_tokens_has_no_place(name):
+    places = Run(LOST[name], SEQUENCE).places
+    assert places is None or (places == NOWHERE).all()
+
+
+def test_the_first_input_names_what_several_have_a_part_in():
+    image, text = numbered(SEQUENCE, SEQUENCE)
+    assert (Run(lambda x, y: y + x, SEQUENCE, SEQUENCE).places == image.numpy()).all()
+    assert (Run(lambda x, y: torch.cat([y, x], 1), SEQUENCE, TEXT).places[:, 7:] == image.numpy()).all()
+    assert (Run(lambda x, y: torch.cat([y, x], 1), SEQUENCE, SEQUENCE).places[:, :15] == text.numpy()).all()
+
+
+# Attention that is spelled out
+
+
+SPELLED_OUT = {
+    "matmul": lambda q, k: (q @ k.mT / 3).softmax(-1) @ k,
+    "bmm": lambda q, k: torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), k),
+    "baddbmm": lambda q, k: torch.baddbmm(torch.empty(3, 15, 7), q, k.mT, beta=0).softmax(-1) @ k,
+    "einsum": lambda q, k: torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", q, k).softmax(-1), k),
+    "masked": lambda q, k: (q @ k.mT).masked_fill(torch.empty(15, 7, dtype=torch.bool), -1e4).softmax(-1) @ k,
+    "upcast": lambda q, k: (q.double() @ k.double().mT).softmax(-1, dtype=torch.float64).float() @ k,
+    "transposed": lambda q, k: (k.mT @ (k @ q.mT).softmax(1)).mT,
+    "dropout": lambda q, k: F.dropout((q @ k.mT).softmax(-1), 0.1) @ k,
+}
+
+
+@pytest.mark.parametrize("name", SPELLED_OUT)
+def test_attention_that_is_spelled_out(name):
+    run = Run(SPELLED_OUT[name], SEQUENCE, TEXT)
+    assert len(run.attentions) == 1
+    if name != "transposed":
+        [scores] = run.attentions
+        assert tuple(scores.query.shape[-2:]) == (15, 4)
+        assert tuple(scores.key_transposed.shape[-2:]) == (4, 7)
+
+
+class Pooled(nn.Module):
+    """Tokens weighed by a score that each of them has by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.score(x).softmax(1).mT @ x
+
+
+class Routed(nn.Module):
+    """A mixture of experts: each token weighs them by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.route, self.experts = nn.Linear(4, 2, bias=False), nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x):
+        return self.route(x).softmax(-1) @ self.experts
+
+
+@pytest.mark.parametrize("model", [Pooled, Routed])
+def test_a_softmax_of_what_a_layer_gives_is_no_attention(model):
+    assert Run(model(), SEQUENCE).attentions == []
+
+
+LINEAR = {
+    "relu": lambda q, k, v: F.relu(q) @ (F.relu(k).mT @ v),
+    "normalised": lambda q, k, v: q.softmax(-1) @ (k.softmax(1).mT @ v),
+    "einsum": lambda q, k, v: torch.einsum("bnd,bde->bne", q, torch.einsum("bnd,bne->bde", k, v)),
+    "channels_first": lambda q, k, v: (v.mT @ k) @ q.mT,
+}
+
+
+class Projected(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.to_qkv, self.way = nn.Linear(4, 12), way
+
+    def forward(self, x):
+        return self.way(*self.to_qkv(x).chunk(3, -1))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_attention_without_a_softmax_over_keys(name):
+    run = Run(Projected(LINEAR[name]), SEQUENCE)
+    assert run.linear == 1
+    assert run.attentions == []
+
+
+def test_two_attentions_are_no_linear_one():
+    run = Run(Projected(lambda q, k, v: (q @ k.mT).softmax(-1) @ ((k @ q.mT).softmax(-1) @ v)), SEQUENCE)
+    assert (run.linear, len(run.attentions)) == (0, 2)

@@ -1,0 +1,114 @@
+"""The coverage table: which classes have a row, and what stands in it."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import coverage
+from benchmarks.coverage import FAILS, NOT_APPLICABLE, WORKS, Measured, Outcome, Subject
+from tests.zoo.registry import MODELS
+
+diffusers = pytest.importorskip("diffusers")
+FOUND, EXCLUDED = coverage.denoisers()
+
+
+class Tomorrow(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A class as diffusers may add it."""
+
+    config_name = "config.json"
+
+    def forward(self, latent, noise_sigma):
+        return latent * noise_sigma
+
+
+class Several(diffusers.ModelMixin):
+    def forward(self, latent, timestep):
+        return latent
+
+
+class Decoder(Tomorrow):
+    def forward(self, latent):
+        return latent
+
+
+def test_every_model_of_diffusers_has_a_row_or_a_reason():
+    models = {
+        name
+        for name in dir(diffusers)
+        if isinstance(each := getattr(diffusers, name), type) and issubclass(each, diffusers.ModelMixin)
+    }
+    assert models - {"ModelMixin"} == FOUND.keys() | EXCLUDED.keys()
+    assert not FOUND.keys() & EXCLUDED.keys()
+    assert {"UNet2DConditionModel", "ControlNetModel", "SparseControlNetModel", "UVit2DModel"} <= FOUND.keys()
+    assert {"AutoencoderKL", "T2IAdapter", "MotionAdapter", "MultiControlNetModel"} <= EXCLUDED.keys()
+
+
+def test_what_a_denoiser_is_follows_from_the_class(monkeypatch):
+    assert coverage.why_no_denoiser(Tomorrow) is None
+    assert "timestep" in coverage.why_no_denoiser(Decoder)
+    assert "several models" in coverage.why_no_denoiser(Several)
+    monkeypatch.setattr(diffusers, "Tomorrow", Tomorrow, raising=False)
+    assert "Tomorrow" in coverage.denoisers()[0]
+
+
+def test_every_tiny_build_of_an_exported_class_is_measured():
+    measured = {subject.name for subject in coverage.subjects(FOUND)}
+    assert {name for name in MODELS if hasattr(diffusers, name.partition("/")[0])} <= measured
+    assert {subject.class_name for subject in coverage.subjects(FOUND)} == FOUND.keys()
+
+
+def outcomes(name):
+    measured = coverage.measure(Subject(name))
+    return measured, {column: outcome.mark for column, outcome in measured.outcomes.items()}
+
+
+def test_a_unet():
+    measured, marks = outcomes("UNet2DModel")
+    assert measured.sites["self"] == len(MODELS["UNet2DModel"].expected)
+    assert marks == dict.fromkeys(coverage.COLUMNS, WORKS) | {"text K/V": NOT_APPLICABLE}
+
+
+def test_a_dit():
+    measured, marks = outcomes("PixArtTransformer2DModel")
+    assert measured.sites == {"self": 2, "cross": 2}
+    assert marks == dict.fromkeys(coverage.COLUMNS, WORKS)
+
+
+class Broken(nn.Module):
+    def forward(self, latent, timestep):
+        raise RuntimeError("at 0x7f00ab\nand more")
+
+
+def test_what_goes_wrong_is_told(monkeypatch):
+    monkeypatch.setattr(diffusers, "Broken", Broken, raising=False)
+    measured, marks = outcomes("Broken")
+    assert marks == dict.fromkeys(coverage.COLUMNS, FAILS)
+    assert not measured.sites
+    assert all(outcome.note for outcome in measured.outcomes.values())
+
+
+def test_an_operator_that_does_nothing_fails(monkeypatch):
+    monkeypatch.setattr(coverage.sloth_fx, "transform", lambda model, spec, **_: spec)
+    monkeypatch.setattr(coverage.sloth_fx, "context", lambda patched: torch.cuda._LazySeedTracker)
+
+
+def test_a_page():
+    """Builds of a class share a row, notes are numbered once, and a failure is counted."""
+    rest = {column: Outcome(WORKS) for column in coverage.COLUMNS}
+    rows = [
+        Measured(Subject("UNet2DModel"), outcomes=rest),
+        Measured(Subject("UNet2DModel"), outcomes=rest | {"graph": Outcome(FAILS, "why")}),
+        Measured(Subject("Tomorrow"), outcomes=rest | {"graph": Outcome(FAILS, "why"), "located": Outcome("–", "as")}),
+    ]
+    page = coverage.page(rows, {"Decoder": "takes no timestep"})
+    one, other = (line for line in page.splitlines() if line.startswith(("| UNet2DModel", "| Tomorrow")))
+    assert "UNet2DModel (2 builds)" in one
+    assert "✓ ✗¹" in one
+    assert "Tomorrow †" in other
+    assert "–²" in other
+    assert "✗¹" in other
+    assert "¹ why" in page
+    assert "² as" in page
+    assert "2 classes in 3 builds" in page
+    assert "Any ✗: 2" in page
+    assert "Takes no timestep: Decoder." in page
