@@ -1,11 +1,15 @@
 """The coverage table: which classes have a row, and what stands in it."""
 
+import copy
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import coverage
-from benchmarks.coverage import FAILS, NOT_APPLICABLE, WORKS, Measured, Outcome, Subject
+from benchmarks import coverage, coverage_cases
+from benchmarks.coverage_cases import FAILS, NOT_APPLICABLE, WORKS, Measured, Outcome, Subject, measure, subjects
 from tests.zoo.registry import MODELS
 
 diffusers = pytest.importorskip("diffusers")
@@ -52,13 +56,13 @@ def test_what_a_denoiser_is_follows_from_the_class(monkeypatch):
 
 
 def test_every_tiny_build_of_an_exported_class_is_measured():
-    measured = {subject.name for subject in coverage.subjects(FOUND)}
+    measured = {subject.name for subject in subjects(FOUND)}
     assert {name for name in MODELS if hasattr(diffusers, name.partition("/")[0])} <= measured
-    assert {subject.class_name for subject in coverage.subjects(FOUND)} == FOUND.keys()
+    assert {subject.class_name for subject in subjects(FOUND)} == FOUND.keys()
 
 
 def outcomes(name):
-    measured = coverage.measure(Subject(name))
+    measured = measure(Subject(name))
     return measured, {column: outcome.mark for column, outcome in measured.outcomes.items()}
 
 
@@ -87,9 +91,27 @@ def test_what_goes_wrong_is_told(monkeypatch):
     assert all(outcome.note for outcome in measured.outcomes.values())
 
 
-def test_an_operator_that_does_nothing_fails(monkeypatch):
-    monkeypatch.setattr(coverage.sloth_fx, "transform", lambda model, spec, **_: spec)
-    monkeypatch.setattr(coverage.sloth_fx, "context", lambda patched: torch.cuda._LazySeedTracker)
+@pytest.mark.parametrize(
+    ("transform", "why"),
+    [
+        (lambda model: copy.deepcopy(model), "nothing changes"),
+        (lambda model: filled(copy.deepcopy(model), math.nan), "not finite"),
+        (lambda model: filled(model, 1.0), "the original changed"),
+    ],
+)
+def test_an_operator_that_fails_is_told(monkeypatch, transform, why):
+    monkeypatch.setattr(coverage_cases.sloth_fx, "transform", lambda model, spec, **_: transform(model))
+    monkeypatch.setattr(coverage_cases.sloth_fx, "context", lambda patched: SimpleNamespace(at=lambda progress: None))
+    measured, marks = outcomes("PixArtTransformer2DModel")
+    assert marks["HyperTile"] == FAILS
+    assert why in measured.outcomes["HyperTile"].note
+    assert marks["graph"] == WORKS
+
+
+def filled(model, value):
+    with torch.no_grad():
+        next(model.parameters()).fill_(value)
+    return model
 
 
 def test_a_page():
@@ -98,14 +120,17 @@ def test_a_page():
     rows = [
         Measured(Subject("UNet2DModel"), outcomes=rest),
         Measured(Subject("UNet2DModel"), outcomes=rest | {"graph": Outcome(FAILS, "why")}),
-        Measured(Subject("Tomorrow"), outcomes=rest | {"graph": Outcome(FAILS, "why"), "located": Outcome("–", "as")}),
+        Measured(
+            Subject("Tomorrow"),
+            outcomes=rest | {"graph": Outcome(FAILS, "why"), "located": Outcome(NOT_APPLICABLE, "as")},
+        ),
     ]
     page = coverage.page(rows, {"Decoder": "takes no timestep"})
     one, other = (line for line in page.splitlines() if line.startswith(("| UNet2DModel", "| Tomorrow")))
     assert "UNet2DModel (2 builds)" in one
     assert "✓ ✗¹" in one
     assert "Tomorrow †" in other
-    assert "–²" in other
+    assert f"{NOT_APPLICABLE}²" in other
     assert "✗¹" in other
     assert "¹ why" in page
     assert "² as" in page

@@ -245,7 +245,9 @@ def _border(
     for name, tokens in (("keys", key.shape[2]), ("values", value.shape[2])):
         if place.alone and tokens not in fits:
             raise SlothError(f"{tokens} {name} do not fit {layout}, which takes {' or '.join(map(str, fits))}")
-    return fits[key.shape[2]] if place.alone else border or fits[max(fits)]
+    if place.alone:
+        return fits[key.shape[2]]
+    return border or fits[max(fits)] if gathered else None
 
 
 def _meet(tokens: Tensor, halves: int) -> Tensor:
