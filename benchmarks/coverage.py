@@ -51,12 +51,14 @@ def denoisers() -> tuple[dict[str, type[nn.Module]], dict[str, str]]:
 
 def why_no_denoiser(model: type[nn.Module]) -> str | None:
     """``None`` for a denoiser: it is told how much noise there is, and can be built from a config of its own."""
+    from diffusers import ConfigMixin
+
     if model.__name__ in {name.partition("/")[0] for name in MODELS}:
         return None
     parameters = inspect.signature(model.forward).parameters
     if not any("time" in name or "sigma" in name or name == "t" for name in parameters):
         return "takes no timestep"
-    if not hasattr(model, "config_name") or model.config_name is None:
+    if not issubclass(model, ConfigMixin):
         return "has no config: it holds several models, each of which has a row of its own"
     return None
 
@@ -120,7 +122,10 @@ def _totals(rows: Sequence[Sequence[Measured]]) -> str:
     failing = sum(any(outcome.mark == FAILS for each in row for outcome in each.outcomes.values()) for row in rows)
     builds = sum(len(row) for row in rows)
     counts = ", ".join(f"{column} {works(column)}" for column in COLUMNS)
-    return f"**{len(rows)} classes in {builds} builds. Without exception in all builds: {counts}. Any {FAILS}: {failing}.**"
+    return (
+        f"**{len(rows)} classes in {builds} builds. Classes with {WORKS} for all builds: {counts}. "
+        f"Classes with any {FAILS}: {failing}.**"
+    )
 
 
 _HEAD = """# Coverage

@@ -19,8 +19,6 @@ FOUND, EXCLUDED = coverage.denoisers()
 class Tomorrow(diffusers.ModelMixin, diffusers.ConfigMixin):
     """A class as diffusers may add it."""
 
-    config_name = "config.json"
-
     def forward(self, latent, noise_sigma):
         return latent * noise_sigma
 
@@ -135,5 +133,5 @@ def test_a_page():
     assert "¹ why" in page
     assert "² as" in page
     assert "2 classes in 3 builds" in page
-    assert "Any ✗: 2" in page
+    assert "with any ✗: 2" in page
     assert "Takes no timestep: Decoder." in page

@@ -142,8 +142,10 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             set_places(outputs[0], _buffer(outputs[0]))
         elif name == "convolution" or name.startswith(_SCALING):
             places = places_of(inputs[0])
-            centres = _centres(args, outputs[0].shape) if name == "convolution" else None
-            set_places(outputs[0], self._scaled(places, outputs[0].shape, centres) if places is not None else None)
+            if places is not None:
+                centres = _centres(args, places, outputs[0].shape) if name == "convolution" else None
+                places = self._scaled(places, outputs[0].shape, centres)
+            set_places(outputs[0], places)
         elif name in _REDUCTIONS:
             set_places(outputs[0], _reduced(places_of(inputs[0]), outputs[0].shape))
         elif name.startswith("_scaled_dot_product"):
@@ -204,7 +206,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if scores is not None:
                     self.on_attention(scores)
                     return
-            if all(tensor.ndim >= 2 and not isinstance(tensor, torch.nn.Parameter) for tensor in factors):
+            if all(tensor.ndim >= 2 and not _is_weight(tensor) for tensor in factors):
                 mark(output, "_sloth_fx_scores", Scores(*factors))
             return
         for tensor in inputs:
@@ -218,36 +220,9 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 mark(output, "_sloth_fx_probabilities", probabilities)
 
 
-def _without_padding(
-    places: Places,
-    shape: torch.Size,
-    weight: torch.Tensor,
-    bias: Any,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-) -> Places:
-    """Of a map (B, C, ...) that a host has padded by itself, the elements that its convolution gives results for.
-
-    They lie in the middle of the windows; where that would be padding, as in front of causal ones, elsewhere in them.
-    """
-    if transposed or len(shape) != places.ndim:
-        return places
-    for axis, (window, step, pad, gap) in enumerate(
-        zip(weight.shape[2:], stride, padding, dilation, strict=False), start=2
-    ):
-        reach = gap * (window - 1)
-        if window <= step or pad >= reach // 2 or not varies(places, axis):
-            continue
-        others = tuple(other for other in range(places.ndim) if other != axis)
-        known = (narrow(places) != NOWHERE).any(others)
-        middle = reach // 2 - pad
-        firsts = sorted(range(reach - 2 * pad + 1), key=lambda first: abs(first - middle))
-        chosen = [slice(first, first + (shape[axis] - 1) * step + 1, step) for first in firsts]
-        best = max(chosen, key=lambda each: int(known[each].sum()))
-        places = places[(slice(None),) * axis + (best,)]
-    return places
+def _is_weight(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a parameter, or a view of one."""
+    return isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)
 
 
 def _sizes(places: Places, shape: torch.Size) -> tuple[int, ...]:
@@ -272,17 +247,27 @@ def _buffer(tensor: torch.Tensor) -> Places | None:
     return np.full(tuple(tensor.shape), NOWHERE) if tensor.ndim >= 2 and tensor.numel() <= _LARGEST_BUFFER else None
 
 
-def _centres(args: tuple[Any, ...], shape: torch.Size) -> list[NDArray[np.int64]] | None:
-    """Along each axis of a convolution's result, which element of its input lies under the middle of the kernel."""
+def _centres(args: tuple[Any, ...], places: Places, shape: torch.Size) -> list[NDArray[np.int64]] | None:
+    """Along each axis of a convolution's result, which element of its input lies under the middle of the kernel.
+
+    Where a host has padded by itself, it is elsewhere under the kernel if that gives more than padding: causal
+    convolutions have nothing in front.
+    """
     tensor, weight, _, stride, padding, dilation, transposed = args[:7]
     if transposed:
         return None
-    return [
-        np.clip(np.arange(out) * step - pad + (kernel - 1) // 2 * apart, 0, size - 1)
-        for out, size, kernel, step, pad, apart in zip(
-            shape[2:], tensor.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
+    centres = []
+    for axis, (kernel, step, pad, apart) in enumerate(
+        zip(weight.shape[2:], stride, padding, dilation, strict=True), start=2
+    ):
+        starts, middle = np.arange(shape[axis]) * step - pad, (kernel - 1) // 2
+        parts = [middle]
+        if pad == 0 and varies(places, axis):
+            known = (narrow(places) != NOWHERE).any(tuple(other for other in range(places.ndim) if other != axis))
+            parts = sorted(range(kernel), key=lambda part: abs(part - middle))
+            parts.sort(key=lambda part: -int(known[starts + part * apart].sum()))
+        centres.append(np.clip(starts + parts[0] * apart, 0, tensor.shape[axis] - 1))
+    return centres
 
 
 def _reduced(places: Places | None, shape: torch.Size) -> Places | None:
