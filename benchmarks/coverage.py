@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import multiprocessing
 import os
 import warnings
@@ -158,14 +159,14 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options.add_argument("--trace", action="store_true", help="print the traceback of every failure")
     chosen = options.parse_args()
-    _prepare()
+    _prepare(chosen.trace)
     found, excluded = denoisers()
     unknown = sorted(set(chosen.only or ()) - set(found))
     if unknown:
         options.error(f"{', '.join(unknown)}: no denoisers of diffusers; these are: {', '.join(found)}")
     todo = subjects(name for name in found if name in (chosen.only or found))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(chosen.jobs, mp_context=context, initializer=_prepare) as pool:
+    with ProcessPoolExecutor(chosen.jobs, mp_context=context, initializer=_prepare, initargs=(chosen.trace,)) as pool:
         measured = list(tqdm(pool.map(measure, todo), total=len(todo), unit="model"))
     text = page(measured, excluded)
     if chosen.only:
@@ -174,13 +175,15 @@ def main() -> None:
         PAGE.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _prepare() -> None:
+def _prepare(trace: bool) -> None:
     """One thread per process, and none of the warnings of hosts."""
-    from diffusers.utils import logging
+    from diffusers.utils import logging as hosts
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
+    hosts.set_verbosity_error()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(measure.__module__).setLevel(logging.DEBUG if trace else logging.WARNING)
 
 
 if __name__ == "__main__":

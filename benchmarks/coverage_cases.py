@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -42,6 +42,7 @@ from tests.zoo.registry import MODELS, run
 
 WORKS, NOT_APPLICABLE, FAILS = "✓", "\N{EN DASH}", "✗"
 EARLY = 0.25  # progress
+_LOG = logging.getLogger(__name__)
 
 # Strong enough to act on grids of 9 x 11 tokens, and everywhere.
 _QUARTER = Reduction(rate=4, depth_decay=0, k_blend=1, v_blend=1, temporal=2)
@@ -78,8 +79,11 @@ class Subject:
 
         if self.tiny:
             return MODELS[self.name].build()
-        with torch.device("meta"):
-            model: nn.Module = getattr(diffusers, self.name)()
+        try:
+            with torch.device("meta"):
+                model: nn.Module = getattr(diffusers, self.name)()
+        except Exception as error:
+            raise SlothError(f"its default config builds no model: {type(error).__name__}: {error}") from error
         return model.eval()
 
     def inputs(self, model: nn.Module) -> Inputs:
@@ -119,51 +123,52 @@ class Measured:
 
 def measure(subject: Subject) -> Measured:
     """Try everything on one subject."""
-    measured = Measured(subject)
+    outcomes = {"inputs": _tried(f"{subject.name}, inputs", _made_inputs, subject)}
     try:
-        model = subject.build()
+        case = _Case(subject)
     except Exception as error:
-        return replace(measured, outcomes=dict.fromkeys(COLUMNS, _failure(error, "cannot be built: ")))
-    outcomes = {"inputs": _tried(_made_inputs, model)}
-    try:
-        case = _Case(subject, model, subject.inputs(model))
-    except Exception as error:
-        return replace(measured, outcomes={**dict.fromkeys(COLUMNS, _failure(error)), **outcomes})
-    outcomes |= {"located": _tried(case.located), "captured": _tried(case.captured), "graph": _tried(case.graph)}
-    outcomes["text K/V"] = _tried(case.text_kv)
-    outcomes |= {type(spec).__name__: _tried(case.transformed, spec) for spec in SPECS}
-    return replace(measured, sites=Counter(site.kind for site in case.found.sites), outcomes=outcomes)
+        return Measured(subject, outcomes=dict.fromkeys(COLUMNS, _failure(subject.name, error)) | outcomes)
+    attempts: dict[str, Callable[[], Outcome]] = {
+        "located": case.located,
+        "captured": case.captured,
+        "graph": case.graph,
+        "text K/V": case.text_kv,
+        **{type(spec).__name__: partial(case.transformed, spec) for spec in SPECS},
+    }
+    outcomes |= {column: _tried(f"{subject.name}, {column}", attempt) for column, attempt in attempts.items()}
+    return Measured(subject, Counter(site.kind for site in case.found.sites), outcomes)
 
 
-def _tried(attempt: Callable[..., Outcome], *arguments: Any) -> Outcome:
+def _tried(what: str, attempt: Callable[..., Outcome], *arguments: Any) -> Outcome:
     try:
         return attempt(*arguments)
     except Exception as error:  # of whatever kind: the table tells
-        return _failure(error)
+        return _failure(what, error)
 
 
-def _failure(error: Exception, what: str = "") -> Outcome:
-    if "--trace" in sys.argv:
-        traceback.print_exception(error)
+def _failure(what: str, error: Exception) -> Outcome:
+    _LOG.debug("%s", what, exc_info=error)
     lines = str(error).strip().splitlines() or ["no message"]
     kind = "" if isinstance(error, SlothError) else f"{type(error).__name__}: "
     message = re.sub(r"0x[0-9a-f]+|(?<=attention_)\d+", "...", lines[0])  # differs from run to run
     message = re.sub(r"^[a-z_]+(\.\w+)*(\[\d+\])?: ", "", message)  # where in the model
-    return Outcome(FAILS, f"{what}{kind}{message:.200}")
+    return Outcome(FAILS, f"{kind}{message:.200}")
 
 
-def _made_inputs(model: nn.Module) -> Outcome:
-    sloth_fx.inspect(model)
+def _made_inputs(subject: Subject) -> Outcome:
+    sloth_fx.inspect(subject.build())
     return Outcome(WORKS)
 
 
 class _Case:
     """A model with its inputs, of which attentions are found."""
 
-    def __init__(self, subject: Subject, model: nn.Module, inputs: Inputs) -> None:
-        self.subject, self.model, self.inputs = subject, model, inputs
-        self.before = run(model, inputs) if subject.tiny else []
-        self.found: Survey = survey(model, adapter_for(model), ((), inputs))
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.model = subject.build()
+        self.inputs = subject.inputs(self.model)
+        self.before = run(self.model, self.inputs) if subject.tiny else []
+        self.found: Survey = survey(self.model, adapter_for(self.model), ((), self.inputs))
         self.attentions = [site for site in self.found.sites if site.kind != "linear"]
         self.whole: WholeGraph | None = None
 
@@ -251,4 +256,4 @@ def _why_nowhere(sites: Sequence[AttentionSite], refusal: SlothError) -> str:
         return "attention over frames only, which have no rows and columns"
     if all(site.grid is None or site.kind == "temporal" for site in images):
         return "its tokens have no known grid"
-    return _failure(refusal).note
+    return str(refusal).partition(": ")[2]

@@ -54,6 +54,7 @@ def transform(
     request = _Request(_checked_specs(spec), strict, _checked_phases(phases))
     check_module(model)
     check_untouched(model)
+    check_whole(model)
     adapter = adapter_for(model)
     patched = clone(model)
     name = type(model).__name__
@@ -140,6 +141,18 @@ def check_untouched(model: nn.Module) -> None:
         raise SlothError(
             f"{type(model).__name__} is patched already: give all specs in one call, to the original model"
         )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise :class:`SlothError` for a model whose tokens are spread over several devices."""
+    for path, module in model.named_modules():
+        for holder in (module, getattr(module, "processor", None)):
+            config = getattr(holder, "_parallel_config", None)
+            if config is not None:
+                raise SlothError(
+                    f"{path or type(model).__name__}: its sequence is spread over several devices ({config!r:.80}), "
+                    "and each has tokens in no order that is a grid: transform a model without enable_parallelism"
+                )
 
 
 def _may_compute_attention(module: nn.Module) -> bool:
