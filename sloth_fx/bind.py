@@ -88,12 +88,14 @@ class Variants:
     """What structurally identical owners share: their variants, and how to make one for a call not seen before.
 
     ``held`` names the objects that the host's forward worked with when it was captured, such as an attention
-    processor, and their types: with others the capture is no longer what the host would do.
+    processor, and their types: with others the capture is no longer what the host would do. ``untouched`` are the
+    patterns of calls for which there is nothing to do.
     """
 
     known: list[Variant]
     held: tuple[tuple[str, type], ...]
     recapture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Variant | None]
+    untouched: tuple[tuple[Any, ...], ...] = ()
 
     def check(self, owner: nn.Module) -> None:
         for name, kind in self.held:
@@ -104,8 +106,10 @@ class Variants:
                     f"is a {now.__name__} now: change the original, and transform it again"
                 )
 
-    def others(self, owner: nn.Module, tensors: list[Tensor]) -> bool:
+    def others(self, owner: nn.Module, pattern: tuple[Any, ...], tensors: list[Tensor]) -> bool:
         """Whether a call is one of those that the host makes for other tokens, and that stay as they were."""
+        if pattern in self.untouched:
+            return True
         tests = [variant.tokens for variant in self.known]
         return all(test is not None and not test.holds(owner, tensors) for test in tests)
 
@@ -133,7 +137,7 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
                 if variant.idle(self):
                     return original(self, *args, **kwargs)
                 return variant.function(self, *tensors)
-        if variants.others(self, tensors):
+        if variants.others(self, pattern, tensors):
             return original(self, *args, **kwargs)
         return variants.add(self, args, kwargs).function(self, *tensors)
 

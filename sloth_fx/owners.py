@@ -63,11 +63,20 @@ class OwnerRewriter:
         visits = self._planned(path, plans)
         key = (
             self.found.structure[path],
-            tuple((v.number, v.tokens, *((core, *_deeds(plan)) for core, plan in v.plans.items())) for v in visits),
+            tuple(
+                (v.tokens, *((core, *v.served[core], _deeds(plan)) for core, plan in v.plans.items())) for v in visits
+            ),
         )
         if key not in self._shared:
             done = [_variant(self.found.skeleton, owner, visit) for visit in visits]
-            variants = Variants([variant for _, variant in done], held_objects(owner), _Recapture(visits))
+            planned = [variant.pattern for _, variant in done]
+            patterns = (read_call(*visit.call)[0] for visit in self.found.visits[path])
+            variants = Variants(
+                [variant for _, variant in done],
+                held_objects(owner),
+                _Recapture(visits),
+                untouched=tuple(pattern for pattern in patterns if pattern not in planned),
+            )
             self._shared[key] = RewrittenOwner([rewritten for rewritten, _ in done], make_forward(variants))
         return self._shared[key], visits
 

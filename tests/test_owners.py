@@ -9,8 +9,9 @@ from einops import rearrange
 from torch import nn
 
 import sloth_fx
+from sloth_fx import SlothError
 from sloth_fx.schedule import Constant
-from sloth_fx.spec import HyperTile, NearSightedTile, Reduction, SlothfulAttention, TokenMerging
+from sloth_fx.spec import HyperTile, NearSightedTile, Reduction, SlothfulAttention, TokenDownsample, TokenMerging
 
 FRAMES = 3
 HALVE = Reduction(rate=4.0, depth_decay=0.0, temporal=2)  # every 2nd row and column, and every 2nd frame
@@ -133,5 +134,172 @@ def test_each_call_gets_what_its_tokens_ask_for(name):
     )
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(*(each.double() for each in given), by_hand=True)
+        assert (patched(*given) - expected).abs().max() < 1e-5
+        assert (model(*given) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_sizes_and_batches(name):
+    """The calls are still told apart where the numbers of tokens are others."""
+    build, shapes = CASES[name]
+    model = build().eval()
+    patched = sloth_fx.transform(model, POOL, example_inputs=inputs(shapes))
+    first, *text = shapes
+    given = inputs([(first[0] + 1, 4, *(size + 4 for size in first[2:])), *((first[0] + 1, 9, 16) for _ in text)])
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(*(each.double() for each in given), by_hand=True)
+        assert (patched(*given) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("spec", NEUTRAL, ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize("name", CASES)
+def test_neutral_is_the_same_to_the_bit(name, spec):
+    build, shapes = CASES[name]
+    model, given = build().eval(), inputs(shapes)
+    patched = sloth_fx.transform(model, spec, example_inputs=given, strict=False)
+    with torch.no_grad():
+        assert torch.equal(patched(*given), model(*given))
+
+
+class TwoBlocks(nn.Module):
+    """Blocks of the same structure."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj_in = nn.Conv2d(4, 16, 1)
+        self.blocks = nn.ModuleList(Attend() for _ in range(2))
+
+    def forward(self, sample, keep=((), ())):
+        """``keep``: for each block, in which of its two calls keys are left out."""
+        x = self.proj_in(sample).flatten(2).mT
+        for block, calls in zip(self.blocks, keep, strict=True):
+            for call in range(2):
+                x = block(x, keep=every_2nd(sample.shape[2]) if call in calls else None)
+        return x
+
+
+def test_owners_of_one_structure_that_are_pooled_in_different_calls():
+    """What differs between two calls of the same form and size cannot be told: both blocks are refused by name."""
+    model, given = TwoBlocks().eval(), inputs([(2, 4, 5, 9)])
+    selector = lambda site: site.name in ("blocks.0", "blocks.1[1]")  # noqa: E731
+    spec = SlothfulAttention(in_=HALVE, out=HALVE, schedule=Constant(), where=selector)
+    with pytest.raises(SlothError, match=r"blocks\.0.*called several times.*45 tokens"):
+        sloth_fx.transform(model, spec, example_inputs=given)
+
+
+class Mixed(nn.Module):
+    """Blocks of the same structure, with and without a context that is the image as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj_in = nn.Conv2d(4, 16, 1)
+        self.blocks = nn.ModuleList(Attend() for _ in range(2))
+
+    def forward(self, sample, pooled=()):
+        x = self.proj_in(sample).flatten(2).mT
+        fewer = every_2nd(sample.shape[2])
+        for index, block in enumerate(self.blocks):
+            x = block(x, keep=fewer if (index, 0) in pooled else None)
+            x = block(x, context=fewer(x) if (index, 1) in pooled else x)
+        return x
+
+
+def test_owners_of_one_structure_that_are_pooled_in_calls_of_different_form():
+    model, given = Mixed().eval(), inputs([(2, 4, 5, 9)])
+    chosen = {"blocks.0": (0, 0), "blocks.1[1]": (1, 1)}
+    spec = SlothfulAttention(in_=HALVE, out=HALVE, schedule=Constant(), where=lambda site: site.name in chosen)
+    patched = sloth_fx.transform(model, spec, example_inputs=given)
+    assert [site.name for site in sloth_fx.report(patched) if site.operators] == [*chosen]
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(given[0].double(), pooled=chosen.values())
+        assert (patched(*given) - expected).abs().max() < 1e-5
+
+
+# Calls that cannot be told apart
+
+
+@pytest.mark.parametrize("spec", [POOL, NearSightedTile(tile_size=3), TokenDownsample(), TokenMerging()])
+def test_as_many_frames_as_pixels(spec):
+    given = inputs([(2, 4, 15, 3, 5)])
+    with pytest.raises(SlothError, match=r"attend.*15 tokens do not tell these calls apart.*another size"):
+        sloth_fx.transform(Video().eval(), spec, example_inputs=given)
+
+
+def test_as_many_words_as_pixels():
+    given = inputs([(2, 4, 5, 7), (2, 35, 16)])
+    with pytest.raises(SlothError, match=r"attend.*35 tokens"):
+        sloth_fx.transform(Patterns(alone=True).eval(), POOL, example_inputs=given)
+
+
+def test_calls_that_cannot_be_told_apart_are_left_alone_where_that_is_allowed():
+    model, given = Video().eval(), inputs([(2, 4, 15, 3, 5)])
+    with pytest.raises(SlothError):
+        sloth_fx.transform(model, POOL, example_inputs=given)
+    patched = sloth_fx.transform(model, POOL, example_inputs=given, strict=False)
+    assert all("do not tell" in site.note for site in sloth_fx.report(patched))
+    with torch.no_grad():
+        assert torch.equal(patched(*given), model(*given))
+
+
+# torch's own attention
+
+
+class Torch(nn.Module):
+    def __init__(self, batch_first=True, bias=True, context=None):
+        super().__init__()
+        self.proj_in, self.batch_first = nn.Conv2d(4, 16, 1), batch_first
+        widths = {} if context is None else {"kdim": context, "vdim": context}
+        self.attend = nn.MultiheadAttention(16, 2, bias=bias, batch_first=batch_first)
+        self.cross = nn.MultiheadAttention(16, 2, bias=bias, batch_first=batch_first, **widths)
+
+    def forward(self, sample, text):
+        x = self.proj_in(sample).flatten(2).mT
+        x, text = (x, text) if self.batch_first else (x.transpose(0, 1), text.transpose(0, 1))
+        x = x + self.attend(x, x, x, need_weights=False)[0]
+        x = x + self.cross(x, text, text, need_weights=False)[0]
+        return x if self.batch_first else x.transpose(0, 1)
+
+
+TORCH = [{}, {"batch_first": False}, {"bias": False}, {"context": 24}]
+
+
+def torch_inputs(options):
+    return inputs([(3, 4, 5, 9), (3, 7, options.get("context", 16))])
+
+
+@pytest.mark.parametrize("options", TORCH, ids=str)
+def test_sites_of_multihead_attention(options):
+    found = list(sloth_fx.inspect(Torch(**options), example_inputs=torch_inputs(options)))
+    assert [(site.path, site.kind, site.heads, site.head_dim) for site in found] == [
+        ("attend", "self", 2, 8),
+        ("cross", "cross", 2, 8),
+    ]
+    assert {(site.grid, site.q_tokens) for site in found} == {((5, 9), 45)}
+    assert [(site.kv_tokens, site.text) for site in found] == [(45, None), (7, (0, 7))]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("spec", NEUTRAL, ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize("options", TORCH, ids=str)
+def test_multihead_attention_is_the_same_to_the_bit_when_neutral(options, spec, grad):
+    model, given = Torch(**options).eval(), torch_inputs(options)
+    patched = sloth_fx.transform(model, spec, example_inputs=given)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(patched(*given), model(*given))
+
+
+@pytest.mark.parametrize("options", TORCH, ids=str)
+def test_multihead_attention_over_fewer_keys(options):
+    model, given = Torch(**options).eval(), torch_inputs(options)
+    patched = sloth_fx.transform(model, TokenDownsample(), example_inputs=given)
+    with torch.no_grad():
+        exact, (sample, text) = copy.deepcopy(model).double(), (each.double() for each in given)
+        x = exact.proj_in(sample).flatten(2).mT
+        few = every_2nd(5)(x)
+        if not exact.batch_first:
+            x, few, text = (each.transpose(0, 1) for each in (x, few, text))
+        x = x + exact.attend(x, few, few)[0]
+        x = x + exact.cross(x, text, text)[0]
+        expected = x if exact.batch_first else x.transpose(0, 1)
         assert (patched(*given) - expected).abs().max() < 1e-5
         assert (model(*given) - expected).abs().max() > 1e-3
