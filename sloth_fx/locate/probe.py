@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +22,10 @@ from sloth_fx.locate.tags import places_of, set_places
 
 _SDPA = F.scaled_dot_product_attention
 _MULTIHEAD = F.multi_head_attention_forward
+_READS = frozenset(
+    {torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__}
+    | {torch.Tensor.nonzero, torch.nonzero, torch.Tensor.numpy}
+)
 _CONCATENATIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 
@@ -75,6 +80,7 @@ class Probe(TorchFunctionMode):
     tells which tokens of that are its own.
     ``attentions`` are in order of execution; ``skips`` are the channel concatenations that join an older feature map
     (when it was made, when it was joined): the skip connections of a UNet, which tell its stages apart.
+    ``read_values`` tells that the host looked at values, and not at shapes alone.
     With ``until`` the run stops once attention was seen as often as that in each of these modules (paths).
     """
 
@@ -91,9 +97,11 @@ class Probe(TorchFunctionMode):
         self._awaited = dict(until or {})
         self.attentions: list[AttentionEvent] = []
         self.skips: list[tuple[int, int]] = []
+        self.read_values = False
         self._time = 0
         self._made: dict[int, tuple[int, torch.Tensor]] = {}  # by id: when, and itself
         self._last_chunk: tuple[OwnerCall, torch.UntypedStorage, torch.UntypedStorage] | None = None
+        self._last_key: tuple[int, tuple[int, ...]] = 0, ()
         self._stack: list[OwnerCall] = []
         self._provenance = Provenance(inputs, self._spelled_out, self._without_softmax, packed)
         self._inside = False  # a function that computes attention, whose own operations tell nothing
@@ -136,6 +144,7 @@ class Probe(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.read_values |= func in _READS
         if func is _SDPA:
             query, key = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(("query", "key")))
             result = self._outright(func, args, kwargs)
@@ -205,15 +214,19 @@ class Probe(TorchFunctionMode):
         chunk = owner, query.untyped_storage(), key.untyped_storage()
         if self._last_chunk is not None and _same(chunk, self._last_chunk):
             event = self.attentions[-1]  # a loop over parts of one query and key is one attention
-            event.rows += len(query)
-            event.heads = max(event.heads, _heads_of(event.rows, query, owner))
+            if self._last_key == (key.storage_offset(), tuple(key.shape)):
+                event.q_tokens += query.shape[-2]
+                event.query = _joined(event.query, _rows(query))
+            else:
+                event.rows += len(query)
+                event.heads = max(event.heads, _heads_of(event.rows, query, owner))
         else:
             places = places_of(key)
             rows = _rows(query), _rows_of(places.swapaxes(-1, -2)) if places is not None else None
             heads = query.shape[-3] if query.ndim >= 4 else _folded_heads(query, rows[0], self._stack[-1])
             self._add(heads, query.shape[-1], query.shape[-2], key.shape[-1], *rows)
             self.attentions[-1].rows = len(query)
-        self._last_chunk = chunk
+        self._last_chunk, self._last_key = chunk, (key.storage_offset(), tuple(key.shape))
 
     def _without_softmax(self) -> None:
         if not self._inside and not any(event.linear for event in self._stack[-1].attentions):
@@ -270,11 +283,12 @@ def _rows_of(places: Places) -> Places:
 
 def _folded_heads(query: torch.Tensor, rows: Places | None, owner: OwnerCall) -> int:
     """Heads that are folded into the batch repeat their places; else count how often the owner's batch fits."""
-    if rows is not None and len(rows) > 1:
-        different = (rows[1:] != rows[:-1]).any(1).nonzero()[0]
-        if len(different):
-            return int(different[0]) + 1
-    return _heads_of(len(query), query, owner)
+    fits = _heads_of(len(query), query, owner)
+    if rows is None or not (rows != rows[:1]).any():
+        return fits
+    alike = (rows == rows[:1]).all(1)
+    run = int((~alike).argmax())  # the heads of a sample, one after the other
+    return run if run > 1 else min(int(alike.sum()), fits)  # or a head of all samples, then the next
 
 
 def _heads_of(rows: int, query: torch.Tensor, owner: OwnerCall) -> int:
@@ -286,6 +300,10 @@ def _keep_queries(query: torch.Tensor, result: torch.Tensor) -> None:
     places = places_of(query)
     if places is not None and result.shape[:-1] == query.shape[:-1]:
         set_places(result, spread(places[..., :1], result.shape))
+
+
+def _joined(first: Places | None, second: Places | None) -> Places | None:
+    return np.concatenate([first, second], axis=-1) if first is not None and second is not None else None
 
 
 def _same(chunk: tuple[OwnerCall, Any, Any], last: tuple[OwnerCall, Any, Any]) -> bool:

@@ -153,10 +153,12 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             set_places(outputs[0], spread(collapse(places, -1), outputs[0].shape) if places is not None else None)
         elif name == "embedding":
             places = places_of(inputs[1])
-            set_places(outputs[0], spread(places[..., None], outputs[0].shape) if places is not None else None)
-        elif name not in _UNORDERED:
+            words = spread(places[..., None], outputs[0].shape) if places is not None else None
+            # Hosts write images into the places that the text keeps for them.
+            set_places(outputs[0], np.array(words) if words is not None and words.size <= _LARGEST_BUFFER else words)
+        else:
             for output in outputs:
-                set_places(output, _elementwise(inputs, output.shape))
+                set_places(output, None if name.strip("_") in _UNORDERED else _elementwise(inputs, output.shape))
 
     def _product(self, inputs: list[torch.Tensor], output: torch.Tensor) -> Places | None:
         """Rows of the left factor, or columns of the right one; a sum over tokens of both stands for none."""
@@ -302,4 +304,7 @@ _PUTS = frozenset({"index_put", "index_put_impl", "masked_scatter"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _SCALING = ("upsample", "_upsample", "avg_pool", "max_pool", "adaptive", "_adaptive", "pixel_shuffle")
 _REDUCTIONS = frozenset({"sum", "mean", "amax", "amin", "max", "min", "var", "prod", "logsumexp", "linalg_vector_norm"})
-_UNORDERED = frozenset({"sort", "topk", "argsort", "nonzero", "masked_select", "multinomial", "as_strided"})
+_UNORDERED = frozenset(
+    {"sort", "topk", "argsort", "nonzero", "masked_select", "multinomial", "as_strided", "index_add", "index_reduce"}
+    | {"scatter", "scatter_add", "scatter_reduce", "put", "bincount"}
+)

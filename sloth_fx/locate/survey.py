@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -78,9 +78,12 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
     resized = _probe_resized(skeleton, adapter, arguments, _small_ones_real(skeleton, call), until, latent)
     text = frozenset(arguments.text(*call))
     again = _visits(skeleton, resized[0]) if resized is not None else {}
+    sites = locate(probe, latent, text, resized if packed is None else None)
+    if probe.read_values and any(site.key_place.from_end for site in sites):
+        sites = _sites_in_order(skeleton, arguments, call, packed, latent, text, sites)
     return Survey(
         skeleton,
-        locate(probe, latent, text, resized if packed is None else None),
+        sites,
         visits,
         structure,
         {each: again[path] for each, path in examples.items() if path in again},
@@ -111,6 +114,46 @@ def _packed(adapter: ModelAdapter, arguments: Arguments, call: Call, size: Laten
     axis = axes.index("n")
     start, count = arguments.first(*call), math.prod(size)
     return Packed(axis, start, start + count) if latent.shape[axis] > count else None
+
+
+def _sites_in_order(
+    skeleton: Skeleton,
+    arguments: Arguments,
+    call: Call,
+    packed: Packed | None,
+    latent: Latent,
+    text: frozenset[str],
+    sites: list[AttentionSite],
+) -> list[AttentionSite]:
+    """``sites``, of which those have no grid whose image tokens move when the samples have texts of different length:
+    a host that reads masks may pack each sample on its own."""
+    args, kwargs = _small_ones_real(skeleton, call)
+    uneven = {
+        name: _shortened(value) if "mask" in name and isinstance(value, torch.Tensor) and value.ndim == 2 else value
+        for name, value in kwargs.items()
+    }
+    if all(uneven[name] is value for name, value in kwargs.items()):
+        return sites
+    try:
+        probe = Probe(skeleton, args, uneven, _followed(arguments, args, uneven), packed=packed)
+    except RefusedInputsError:
+        return sites
+    again = locate(probe, latent, text)
+    if len(again) != len(sites):
+        return sites
+    return [
+        replace(site, grid=None, divisors=None) if site.key_place.from_end and other.grid is None else site
+        for site, other in zip(sites, again, strict=True)
+    ]
+
+
+def _shortened(mask: torch.Tensor) -> torch.Tensor:
+    """A mask with half of the words of its first sample."""
+    if is_fake(mask) or mask.shape[0] < 2 or mask.shape[1] < 2:
+        return mask
+    shortened = mask.clone()
+    shortened[0, mask.shape[1] // 2 :] = 0
+    return shortened
 
 
 def _steered_by_values(refusal: SlothError) -> bool:

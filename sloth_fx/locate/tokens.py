@@ -107,6 +107,7 @@ def _image_tokens(rows: Places, positions: _Numbers, sources: Sequence[Source], 
     coordinates = _coordinates(np.asarray(rows[0])[start:stop], source, latent)
     if coordinates is None:
         return somewhere
+    coordinates = _without_repeats(coordinates)
     count = len(coordinates[0])
     levels = [np.unique(each) for each in coordinates]
     grid = _sizes(levels)
@@ -115,12 +116,22 @@ def _image_tokens(rows: Places, positions: _Numbers, sources: Sequence[Source], 
         return somewhere
     all_rows = everywhere[:, start : start + count]
     mine = all_rows[source.holds(all_rows)]
-    all_levels = _sizes([np.unique(each) for each in _coordinates(mine, source, latent) or coordinates])
-    whole = [here == all_ for here, all_ in zip(grid, all_levels, strict=True)]
+    spread = _coordinates(mine, source, latent, one_sample=False) or coordinates
+    all_levels = _sizes([np.unique(each) for each in spread])
+    if math.prod(all_levels) == 1:  # a latent of one token is a vector
+        return somewhere
+    whole = [here >= all_ for here, all_ in zip(grid, all_levels, strict=True)]
     return ImageTokens(start, start + count, grid, (whole[0], whole[1], whole[2]), all_levels)
 
 
-def _coordinates(places: Places, source: Source, latent: Latent) -> list[_Numbers] | None:
+def _without_repeats(coordinates: list[_Numbers]) -> list[_Numbers]:
+    """Up to the first place that comes again: hosts pad by repeating the last token, or append a copy of the image."""
+    _, first, inverse = np.unique(np.stack(coordinates), axis=1, return_index=True, return_inverse=True)
+    again = (first[inverse.reshape(-1)] != np.arange(len(coordinates[0]))).nonzero()[0]
+    return [each[: again[0]] for each in coordinates] if len(again) else coordinates
+
+
+def _coordinates(places: Places, source: Source, latent: Latent, one_sample: bool = True) -> list[_Numbers] | None:
     """Frame, row and column of each place, of those that belong to the image that is denoised."""
     if len(latent.axes) != len(source.shape):
         return None
@@ -132,7 +143,9 @@ def _coordinates(places: Places, source: Source, latent: Latent) -> list[_Number
         if len(packed) < math.prod(latent.size):  # a part of them
             return None
         return list(np.unravel_index(packed, tuple(latent.size)))
-    if "b" in by_axis and "t" not in by_axis and len(np.unique(by_axis["b"])) > 1:  # frames that the host calls a batch
+    if (
+        one_sample and "b" in by_axis and "t" not in by_axis and len(np.unique(by_axis["b"])) > 1
+    ):  # frames that the host calls a batch
         by_axis["t"] = by_axis["b"]
     nothing = np.zeros(len(places), dtype=np.int64)
     return [by_axis.get(letter, nothing) for letter in "thw"]
