@@ -79,11 +79,8 @@ class Subject:
 
         if self.tiny:
             return MODELS[self.name].build()
-        try:
-            with torch.device("meta"):
-                model: nn.Module = getattr(diffusers, self.name)()
-        except Exception as error:
-            raise SlothError(f"its default config builds no model: {type(error).__name__}: {error}") from error
+        with torch.device("meta"):
+            model: nn.Module = getattr(diffusers, self.name)()
         return model.eval()
 
     def inputs(self, model: nn.Module) -> Inputs:
@@ -123,9 +120,14 @@ class Measured:
 
 def measure(subject: Subject) -> Measured:
     """Try everything on one subject."""
-    outcomes = {"inputs": _tried(f"{subject.name}, inputs", _made_inputs, subject)}
     try:
-        case = _Case(subject)
+        model = subject.build()
+    except Exception as error:
+        why = f"not tried, as the default config builds no model: {_failure(subject.name, error).note}"
+        return Measured(subject, outcomes=dict.fromkeys(COLUMNS, Outcome(NOT_APPLICABLE, why)))
+    outcomes = {"inputs": _tried(f"{subject.name}, inputs", _made_inputs, model)}
+    try:
+        case = _Case(subject, model)
     except Exception as error:
         return Measured(subject, outcomes=dict.fromkeys(COLUMNS, _failure(subject.name, error)) | outcomes)
     attempts: dict[str, Callable[[], Outcome]] = {
@@ -148,6 +150,8 @@ def _tried(what: str, attempt: Callable[..., Outcome], *arguments: Any) -> Outco
 
 def _failure(what: str, error: Exception) -> Outcome:
     _LOG.debug("%s", what, exc_info=error)
+    while isinstance(error, SlothError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = str(error).strip().splitlines() or ["no message"]
     kind = "" if isinstance(error, SlothError) else f"{type(error).__name__}: "
     message = re.sub(r"0x[0-9a-f]+|(?<=attention_)\d+", "...", lines[0])  # differs from run to run
@@ -155,20 +159,19 @@ def _failure(what: str, error: Exception) -> Outcome:
     return Outcome(FAILS, f"{kind}{message:.200}")
 
 
-def _made_inputs(subject: Subject) -> Outcome:
-    sloth_fx.inspect(subject.build())
+def _made_inputs(model: nn.Module) -> Outcome:
+    sloth_fx.inspect(model)
     return Outcome(WORKS)
 
 
 class _Case:
     """A model with its inputs, of which attentions are found."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.model = subject.build()
-        self.inputs = subject.inputs(self.model)
-        self.before = run(self.model, self.inputs) if subject.tiny else []
-        self.found: Survey = survey(self.model, adapter_for(self.model), ((), self.inputs))
+    def __init__(self, subject: Subject, model: nn.Module) -> None:
+        self.subject, self.model = subject, model
+        self.inputs = subject.inputs(model)
+        self.before = run(model, self.inputs) if subject.tiny else []
+        self.found: Survey = survey(model, adapter_for(model), ((), self.inputs))
         self.attentions = [site for site in self.found.sites if site.kind != "linear"]
         self.whole: WholeGraph | None = None
 
@@ -220,13 +223,15 @@ class _Case:
         names = [name for name, tensor in labelled if any(tensor is each for each in text)]
         if not names:
             return Outcome(NOT_APPLICABLE, "no text among its inputs")
+        to_text = [i for i, site in enumerate(self.attentions) if site.kind == "cross" and site.text is not None]
+        if not to_text:
+            return Outcome(NOT_APPLICABLE, "no attention to text alone")
         found = text_kv(self.whole, names)
-        missing = [i for i, site in enumerate(self.attentions) if site.kind == "cross" and i in found.reasons]
-        if found.cores and not missing:
+        missing = [i for i in to_text if i not in found.cores]
+        if not missing:
             return Outcome(WORKS)
-        if not any(site.kind == "cross" for site in self.attentions):
-            return Outcome(NOT_APPLICABLE, "text shares a sequence with the image")
-        return Outcome(NOT_APPLICABLE, ("in part: " if found.cores else "") + found.reasons[missing[0]])
+        share = "" if len(missing) == len(to_text) else f"{len(missing)} of {len(to_text)}: "
+        return Outcome(NOT_APPLICABLE, share + found.reasons[missing[0]])
 
     def transformed(self, spec: Spec) -> Outcome:
         """Whether the operator changes what the model computes, and leaves the model as it is."""

@@ -184,8 +184,11 @@ class TimestepContext:
         if self._phases is not None:
             self._phases = replace(self._phases, by_sigma="sigma" in self._clocks)
 
-    def located_with(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember what the call looked like from which the sites are known."""
+    def located_with(
+        self, model: nn.Module, adapter: ModelAdapter, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Remember what the call looked like from which the sites are known, and how to read others."""
+        self._adapter, self._arguments = adapter, Arguments(model, adapter)
         self._around = self._arguments.around(args, kwargs)
 
     def try_layouts(self, plans: Iterable[SitePlan], latent: LatentSize) -> None:

@@ -136,6 +136,20 @@ def _deeds(plan: SitePlan) -> tuple[Any, ...]:
     return plan.reduces, plan.tiling is not None, plan.merging is not None and plan.merged_tokens
 
 
+def _per_sample(visit: PlannedVisit) -> bool:
+    """Whether the same is done at all attentions of an owner, which then may be one for each sample of the batch."""
+    plans = list(visit.plans.values())
+    return len(plans) == visit.attentions > 1 and all(_same_work(plans[0], plan) for plan in plans)
+
+
+def _same_work(plan: SitePlan, other: SitePlan) -> bool:
+    return (
+        plan.specs == other.specs
+        and (plan.site.grid, plan.site.divisors) == (other.site.grid, other.site.divisors)
+        and (plan.site.query_place, plan.site.key_place) == (other.site.query_place, other.site.key_place)
+    )
+
+
 def _operators(plan: SitePlan) -> list[str]:
     """The deeds of the operators of a plan; in tiles, queries are merged by what tiles them."""
     tiles = plan.tiling is not None
@@ -147,12 +161,7 @@ def _alike(visit: PlannedVisit, call: Call, plans: dict[int, SitePlan]) -> bool:
     """Whether a call is one more of ``visit``: the same pattern and the same work on grids of the same size."""
     if _form(visit.call) != _form(call) or visit.plans.keys() != plans.keys():
         return False
-    return all(
-        plan.specs == other.specs
-        and (plan.site.grid, plan.site.divisors) == (other.site.grid, other.site.divisors)
-        and (plan.site.query_place, plan.site.key_place) == (other.site.query_place, other.site.key_place)
-        for plan, other in zip(visit.plans.values(), plans.values(), strict=True)
-    )
+    return all(_same_work(plan, other) for plan, other in zip(visit.plans.values(), plans.values(), strict=True))
 
 
 def _form(call: Call) -> tuple[Any, ...]:
@@ -199,7 +208,7 @@ class _Recapture:
 
 def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple[Rewritten, Variant]:
     captured = capture(skeleton, owner, visit.call, visit.resized)
-    rewritten = rewrite(captured, skeleton, visit.plans, visit.attentions, visit.number)
+    rewritten = rewrite(captured, skeleton, visit.plans, visit.attentions, visit.number, per_sample=_per_sample(visit))
     _, tensors = read_call(*visit.call)
     operators = [
         operator_name(deed, core, visit.number) for core, plan in visit.plans.items() for deed in _operators(plan)

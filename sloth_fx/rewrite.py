@@ -48,10 +48,17 @@ def operator_name(deed: str, core: int, visit: int) -> str:
 
 
 def rewrite(
-    capture: Capture, skeleton: Skeleton, plans: Mapping[int, SitePlan], attentions: int, visit: int = 0
+    capture: Capture,
+    skeleton: Skeleton,
+    plans: Mapping[int, SitePlan],
+    attentions: int,
+    visit: int = 0,
+    *,
+    per_sample: bool = False,
 ) -> Rewritten:
     """Apply ``plans`` (by number of the core) to the graph of ``capture``, whose owner computes ``attentions``.
 
+    ``per_sample`` allows another number of them: they are all alike, and the host may compute one for each sample.
     Raises :class:`SlothError` where the graph has no such attention, or one that the operators do not fit.
     """
     canonicalise(capture.graph)
@@ -59,7 +66,9 @@ def rewrite(
     for level in range(LEVELS):
         graph = copy.deepcopy(capture.graph)
         cores = attention_cores(graph)
-        if len(cores) != attentions:
+        if len(cores) != attentions and per_sample and cores:
+            plans = {core: plans[min(core, attentions - 1)] for core in range(len(cores))}
+        elif len(cores) != attentions:
             raise SlothError(
                 f"{type(capture.owner).__name__} computes attention {attentions} times, and in its graph {len(cores)} "
                 "are recognised"

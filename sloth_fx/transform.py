@@ -104,7 +104,7 @@ class _Request:
             patch.context.try_layouts(plan.sites, found.latent)
 
         # From here on nothing can fail.
-        patch.context.located_with(*call)
+        patch.context.located_with(model, found.adapter, *call)
         acting: dict[str, tuple[str, ...]] = {}
         for path, (owner, visits) in done.items():
             plans = plan.by_owner()[path]

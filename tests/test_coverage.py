@@ -81,12 +81,18 @@ class Broken(nn.Module):
         raise RuntimeError("at 0x7f00ab\nand more")
 
 
-def test_what_goes_wrong_is_told(monkeypatch):
-    monkeypatch.setattr(diffusers, "Broken", Broken, raising=False)
-    measured, marks = outcomes("Broken")
-    assert marks == dict.fromkeys(coverage.COLUMNS, FAILS)
+class Unbuilt(nn.Module):
+    def __init__(self, config):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("cls", "mark", "why"), [(Broken, FAILS, "not known"), (Unbuilt, NOT_APPLICABLE, "TypeError")])
+def test_what_goes_wrong_is_told(monkeypatch, cls, mark, why):
+    monkeypatch.setattr(diffusers, cls.__name__, cls, raising=False)
+    measured, marks = outcomes(cls.__name__)
+    assert marks == dict.fromkeys(coverage.COLUMNS, mark)
     assert not measured.sites
-    assert all(outcome.note for outcome in measured.outcomes.values())
+    assert all(why in outcome.note for column, outcome in measured.outcomes.items() if column != "inputs")
 
 
 @pytest.mark.parametrize(

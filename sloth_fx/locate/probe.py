@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +17,7 @@ from sloth_fx.capture.host_functions import HostCall, HostFunction, intercept
 from sloth_fx.errors import RefusedInputsError
 from sloth_fx.locate.places import Places, spread, varies
 from sloth_fx.locate.provenance import Packed, Provenance, Scores, Source
+from sloth_fx.locate.rows import heads_of, joined, rows_of, rows_of_places, times_of_batch
 from sloth_fx.locate.tags import places_of, set_places
 
 _SDPA = F.scaled_dot_product_attention
@@ -101,7 +101,7 @@ class Probe(TorchFunctionMode):
         self._time = 0
         self._made: dict[int, tuple[int, torch.Tensor]] = {}  # by id: when, and itself
         self._last_chunk: tuple[OwnerCall, torch.UntypedStorage, torch.UntypedStorage] | None = None
-        self._last_key: tuple[int, tuple[int, ...]] = 0, ()
+        self._last_key: tuple[Any, ...] = ()
         self._stack: list[OwnerCall] = []
         self._provenance = Provenance(inputs, self._spelled_out, self._without_softmax, packed)
         self._inside = False  # a function that computes attention, whose own operations tell nothing
@@ -125,6 +125,11 @@ class Probe(TorchFunctionMode):
     @property
     def sources(self) -> list[Source]:
         return self._provenance.sources
+
+    @property
+    def _arguments(self) -> tuple[Any, ...]:
+        """Of the owner that runs."""
+        return self._stack[-1].args, self._stack[-1].kwargs
 
     def _follow(self, model: nn.Module) -> Iterator[Any]:
         for path, module in model.named_modules():
@@ -177,7 +182,7 @@ class Probe(TorchFunctionMode):
     def _host_function(self, entry: HostFunction, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = HostCall.read(entry, args, kwargs)
         result = call.empty()
-        rows = _rows(call.query)
+        rows = rows_of(call.query)
         if rows is not None:
             _, layout = entry.layout_of(entry.arguments(args, kwargs))
             layout = layout if len(layout) == result.ndim else layout.replace("H", "")
@@ -216,14 +221,14 @@ class Probe(TorchFunctionMode):
             event = self.attentions[-1]  # a loop over parts of one query and key is one attention
             if self._last_key == (key.storage_offset(), tuple(key.shape)):
                 event.q_tokens += query.shape[-2]
-                event.query = _joined(event.query, _rows(query))
+                event.query = joined(event.query, rows_of(query))
             else:
                 event.rows += len(query)
-                event.heads = max(event.heads, _heads_of(event.rows, query, owner))
+                event.heads = max(event.heads, times_of_batch(event.rows, query, self._arguments))
         else:
             places = places_of(key)
-            rows = _rows(query), _rows_of(places.swapaxes(-1, -2)) if places is not None else None
-            heads = query.shape[-3] if query.ndim >= 4 else _folded_heads(query, rows[0], self._stack[-1])
+            rows = rows_of(query), rows_of_places(places.swapaxes(-1, -2)) if places is not None else None
+            heads = heads_of(query, rows[0], self._arguments)
             self._add(heads, query.shape[-1], query.shape[-2], key.shape[-1], *rows)
             self.attentions[-1].rows = len(query)
         self._last_chunk, self._last_key = chunk, (key.storage_offset(), tuple(key.shape))
@@ -234,9 +239,9 @@ class Probe(TorchFunctionMode):
 
     def _attention(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Of query (..., N, D) and key (..., M, D)."""
-        rows = _rows(query)
-        heads = query.shape[-3] if query.ndim >= 4 else _folded_heads(query, rows, self._stack[-1])
-        self._add(heads, query.shape[-1], query.shape[-2], key.shape[-2], rows, _rows(key))
+        rows = rows_of(query)
+        heads = heads_of(query, rows, self._arguments)
+        self._add(heads, query.shape[-1], query.shape[-2], key.shape[-2], rows, rows_of(key))
 
     def _add(
         self,
@@ -268,42 +273,10 @@ class Probe(TorchFunctionMode):
             self.skips.append((min(self._made[id(tensor)][0] for tensor in inputs), self._time))
 
 
-def _rows(tensor: torch.Tensor) -> Places | None:
-    """The places of tokens (B, H, N, D), (B * H, N, D) or (B, N, D), by row of the batch."""
-    places = places_of(tensor)
-    return _rows_of(places) if places is not None else None
-
-
-def _rows_of(places: Places) -> Places:
-    places = places[..., 0]
-    while places.ndim > 2:  # heads, and whatever else there is
-        places = places[:, 0]
-    return places if places.ndim == 2 else places[None]
-
-
-def _folded_heads(query: torch.Tensor, rows: Places | None, owner: OwnerCall) -> int:
-    """Heads that are folded into the batch repeat their places; else count how often the owner's batch fits."""
-    fits = _heads_of(len(query), query, owner)
-    if rows is None or not (rows != rows[:1]).any():
-        return fits
-    alike = (rows == rows[:1]).all(1)
-    run = int((~alike).argmax())  # the heads of a sample, one after the other
-    return run if run > 1 else min(int(alike.sum()), fits)  # or a head of all samples, then the next
-
-
-def _heads_of(rows: int, query: torch.Tensor, owner: OwnerCall) -> int:
-    tokens = next((tensor for tensor in tree_leaves((owner.args, owner.kwargs)) if hasattr(tensor, "shape")), query)
-    return max(1, rows // tokens.shape[0]) if tokens.ndim else 1
-
-
 def _keep_queries(query: torch.Tensor, result: torch.Tensor) -> None:
     places = places_of(query)
     if places is not None and result.shape[:-1] == query.shape[:-1]:
         set_places(result, spread(places[..., :1], result.shape))
-
-
-def _joined(first: Places | None, second: Places | None) -> Places | None:
-    return np.concatenate([first, second], axis=-1) if first is not None and second is not None else None
 
 
 def _same(chunk: tuple[OwnerCall, Any, Any], last: tuple[OwnerCall, Any, Any]) -> bool:

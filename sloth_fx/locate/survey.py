@@ -41,7 +41,7 @@ class Survey:
 
     By path of the owner, ``visits`` holds its calls in order, and ``structure`` what it shares with the owners that
     take the same path through the same code. ``resized`` holds, for each such structure, its calls at another size
-    (none where the model does not run at another size).
+    (none where the model does not run at another size). ``adapter`` is the model's, with the axes of its latent.
     """
 
     skeleton: Skeleton
@@ -50,6 +50,7 @@ class Survey:
     structure: dict[str, Hashable]
     resized: dict[Hashable, list[Visit]]
     latent: LatentSize | None
+    adapter: ModelAdapter
 
 
 def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
@@ -70,7 +71,12 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
         probe = _rehearsed(model, arguments, call, packed, refusal)
     if not probe.attentions:
         raise SlothError(f"{type(model).__name__} computes no attention: there is nothing to transform")
-    latent = Latent(adapter.axes or _axes(probe), size, packed.start if packed is not None else 0)
+    axes = adapter.axes or _axes(probe)
+    if adapter.axes is None and _tell_the_size(axes):
+        adapter = replace(adapter, axes=axes)
+        arguments = Arguments(model, adapter)
+        size = arguments.size(*call)
+    latent = Latent(axes, size, packed.start if packed is not None else 0)
     visits = _visits(skeleton, probe)
     structure = {path: _structure(skeleton, path, each) for path, each in visits.items()}
     examples = {each: path for path, each in reversed(structure.items())}  # the first owner of each structure
@@ -88,6 +94,7 @@ def survey(model: nn.Module, adapter: ModelAdapter, call: Call) -> Survey:
         structure,
         {each: again[path] for each, path in examples.items() if path in again},
         size,
+        adapter,
     )
 
 
@@ -227,6 +234,11 @@ def _axes(probe: Probe) -> str:
         if event.query is not None and latent.holds(event.query).any():
             return guess_axes(event.query, latent)
     return "b" + "_" * (len(latent.shape) - 1)
+
+
+def _tell_the_size(axes: str) -> bool:
+    """Whether these are the axes of a map, or of a sequence with channels first; tokens first may be a packed map."""
+    return "w" in axes and "c" in axes and ("h" in axes or axes.index("c") < axes.index("w"))
 
 
 def _visits(skeleton: Skeleton, probe: Probe) -> dict[str, list[Visit]]:

@@ -77,10 +77,15 @@ def is_core(node: fx.Node) -> bool:
 
 def core_function(attend: Attend) -> Attend:
     """Mark ``attend(query, key, value, mask=None, *, causal=False, **options)`` as computing a core."""
-    attend.__name__ = attend.__qualname__ = f"attention_{next(_numbers)}"
-    attend.__module__ = __name__
     attend.sloth_fx_core = True  # type: ignore[attr-defined]
-    return attend
+    return named(attend, "attention")
+
+
+def named(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """Give a function that was made a name of its own, under which generated code can call it."""
+    function.__name__ = function.__qualname__ = f"{name}_{next(_numbers)}"
+    function.__module__ = __name__
+    return function
 
 
 def refuse(node: fx.Node, reason: str | None) -> None:

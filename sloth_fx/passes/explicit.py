@@ -43,8 +43,8 @@ class ExplicitAttention:
 
     ``chain`` runs from the product that gives the scores to that which gives the output, ``softmax`` among them.
     ``scores_order`` and ``output_order`` are to scores and output what an :class:`Operand`'s order is to it. ``shared``
-    tells that the attention map is used elsewhere as well, ``unmoved`` are the nodes before the softmax that have its
-    order of dimensions.
+    tells that the attention map is used elsewhere as well. ``layouts`` has, for each node of the chain before the
+    softmax, which dimension of the softmax each of its dimensions is (``None``: one of those that were regrouped).
     """
 
     softmax: fx.Node
@@ -56,7 +56,7 @@ class ExplicitAttention:
     value: Operand
     scores_order: tuple[int, ...]
     output_order: tuple[int, ...]
-    unmoved: frozenset[fx.Node]
+    layouts: dict[fx.Node, Layout]
     shared: bool
 
 
@@ -125,7 +125,7 @@ def _around(softmax: fx.Node) -> ExplicitAttention | None:
         value=Operand(value, _order([*batch_after, summed, *value_channels], value_letters)),
         scores_order=(*(at for at in range(rank) if at not in (queries_at, keys_at)), queries_at, keys_at),
         output_order=tuple(output.out.index(each) for each in (*batch_after, kept, *value_channels)),
-        unmoved=frozenset(node for node in before if layouts[node] == list(range(rank))),
+        layouts={node: layouts[node] for node in before},
         shared=any(len(node.users) > 1 and not _only_in(node, chain) for node in chain[:-1]),
     )
 
@@ -215,4 +215,9 @@ def _keeps_tokens(parent: fx.Node, node: fx.Node) -> bool:
         return False
     if before.shape == after.shape or (permutation(node) is not None and node.args[0] is parent):
         return True
-    return node.target in _LEADING and before.ndim > 2 and before.shape[-2:] == after.shape[-2:]
+    return regroups(node) and before.ndim > 2 and before.shape[-2:] == after.shape[-2:]
+
+
+def regroups(node: fx.Node) -> bool:
+    """Whether ``node`` gives a tensor other dimensions, and leaves its numbers in their order."""
+    return node.target in _LEADING

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from sloth_fx.passes.explicit import ExplicitAttention
+from sloth_fx.passes.explicit import ExplicitAttention, regroups
 from sloth_fx.passes.products import dimensions
+from sloth_fx.passes.views import permutation
+from sloth_fx.passes.walk import name_of
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
 _FILL = (torch.masked_fill, "masked_fill", "masked_fill_")
+_SCALE = (operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div)
+_SUBTRACT = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
+_CAST = ("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone")
+_LINEAR = frozenset({*_ADD, *_SUBTRACT, *_SCALE, "mul", "mul_", "div", "div_", *_CAST})
 
 
 @dataclass(frozen=True)
@@ -22,26 +28,50 @@ class Mask:
     """``node`` of the chain applies ``mask`` to ``scores``.
 
     ``kind``: it is added, or its True means "attend", or "do not attend". ``scores`` is ``None`` where the scores are
-    made by that very node (``baddbmm``).
+    made by that very node (``baddbmm``). ``moved`` tells that the softmax has other dimensions than ``node``.
     """
 
     node: fx.Node
     scores: fx.Node | None
     mask: fx.Node
     kind: Literal["added", "attend", "ignore"]
+    moved: bool = False
 
 
 def masks_of(attention: ExplicitAttention) -> list[Mask]:
     """The masks of an attention, in order."""
-    found = []
-    if attention.scores.added is not None and attention.scores.node in attention.unmoved:
-        found.append(Mask(attention.scores.node, None, attention.scores.added, "added"))
+    added = attention.scores.added
+    found = [Mask(attention.scores.node, None, added, "added")] if added is not None else []
     before = attention.chain[: attention.chain.index(attention.softmax)]
-    for scores, node in itertools.pairwise(before):
-        mask = _applied(node, scores)
-        if mask is not None and node in attention.unmoved and _has_tokens(mask.mask, attention):
-            found.append(mask)
-    return found
+    applied = (_applied(node, scores) for scores, node in itertools.pairwise(before))
+    found += [mask for mask in applied if mask is not None and _has_tokens(mask, attention)]
+    unmoved = list(range(len(attention.scores_order)))
+    return [replace(mask, moved=attention.layouts[mask.node] != unmoved) for mask in found]
+
+
+def one_as_it_is(masks: list[Mask]) -> Mask | None:
+    """The only mask, if it is over the softmax's dimensions: then it needs no sum."""
+    return masks[0] if len(masks) == 1 and not masks[0].moved else None
+
+
+def refusal_to_sum(masks: list[Mask], attention: ExplicitAttention) -> str | None:
+    """Why the masks of an attention have no sum that can be added to the scores in the end, if so."""
+    after = attention.chain[attention.chain.index(masks[0].node) + 1 : attention.chain.index(attention.softmax)]
+    applied = [mask.node for mask in masks]
+    for node in after:
+        linear = node.target in _LINEAR or regroups(node) or permutation(node) is not None
+        if node not in applied and not linear:
+            return f"it applies {len(masks)} masks, and {name_of(node)} in between"
+    return None
+
+
+def no_scores(left: Tensor, right: Tensor, letters: tuple[str, str, str]) -> Tensor:
+    """Zeros in the shape of a product; ``letters`` name the dimensions of its factors and its own."""
+    sizes: dict[str, int] = {}
+    for tensor, names in zip((left, right), letters, strict=False):
+        for name, size in zip(names, tensor.shape, strict=True):
+            sizes[name] = max(size, sizes.get(name, 1))  # one of the two may be broadcast
+    return left.new_zeros([sizes[name] for name in letters[2]])
 
 
 def _applied(node: fx.Node, scores: fx.Node) -> Mask | None:
@@ -56,11 +86,12 @@ def _applied(node: fx.Node, scores: fx.Node) -> Mask | None:
     return None
 
 
-def _has_tokens(mask: fx.Node, attention: ExplicitAttention) -> bool:
+def _has_tokens(mask: Mask, attention: ExplicitAttention) -> bool:
     """Whether ``mask`` differs from key to key or from query to query: else it is a number by head."""
-    shape = mask.meta["hint"].shape
-    rank = len(attention.scores_order)
-    return any(len(shape) >= rank - at and shape[at - rank] > 1 for at in attention.scores_order[-2:] if at is not None)
+    shape, layout, tokens = mask.mask.meta["hint"].shape, attention.layouts[mask.node], attention.scores_order[-2:]
+    rank = len(layout)
+    at_tokens = [at - rank for at, dim in enumerate(layout) if dim in tokens]
+    return any(len(shape) >= -at and shape[at] > 1 for at in at_tokens)
 
 
 def in_host_layout(mask: Tensor, order: tuple[int, ...]) -> Tensor:

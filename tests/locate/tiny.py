@@ -17,7 +17,8 @@ class Attention(nn.Module):
     """Of (B, N, C) to (B, M, C), with two heads."""
 
     def forward(self, query, key=None):
-        query, key = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in (query, query if key is None else key))
+        both = (each @ torch.eye(each.shape[-1]) for each in (query, query if key is None else key))
+        query, key = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in both)
         return F.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2)
 
 
