@@ -156,9 +156,10 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             words = spread(places[..., None], outputs[0].shape) if places is not None else None
             # Hosts write images into the places that the text keeps for them.
             set_places(outputs[0], np.array(words) if words is not None and words.size <= _LARGEST_BUFFER else words)
-        else:
+        elif name not in _WITHOUT_PLACES:
+            unordered = name.strip("_") in _UNORDERED
             for output in outputs:
-                set_places(output, None if name.strip("_") in _UNORDERED else _elementwise(inputs, output.shape))
+                set_places(output, _left_alone(inputs) if unordered else _elementwise(inputs, output.shape))
 
     def _product(self, inputs: list[torch.Tensor], output: torch.Tensor) -> Places | None:
         """Rows of the left factor, or columns of the right one; a sum over tokens of both stands for none."""
@@ -272,6 +273,11 @@ def _centres(args: tuple[Any, ...], places: Places, shape: torch.Size) -> list[N
     return centres
 
 
+def _left_alone(inputs: list[torch.Tensor]) -> Places | None:
+    """What is put where nobody knows leaves the places of the tokens as they are, if it has none itself."""
+    return places_of(inputs[0]) if all(places_of(tensor) is None for tensor in inputs[1:]) else None
+
+
 def _reduced(places: Places | None, shape: torch.Size) -> Places | None:
     """A sum or mean over axes along which places do not differ keeps them."""
     if places is None:
@@ -304,7 +310,5 @@ _PUTS = frozenset({"index_put", "index_put_impl", "masked_scatter"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _SCALING = ("upsample", "_upsample", "avg_pool", "max_pool", "adaptive", "_adaptive", "pixel_shuffle")
 _REDUCTIONS = frozenset({"sum", "mean", "amax", "amin", "max", "min", "var", "prod", "logsumexp", "linalg_vector_norm"})
-_UNORDERED = frozenset(
-    {"sort", "topk", "argsort", "nonzero", "masked_select", "multinomial", "as_strided", "index_add", "index_reduce"}
-    | {"scatter", "scatter_add", "scatter_reduce", "put", "bincount"}
-)
+_UNORDERED = frozenset({"scatter", "scatter_add", "scatter_reduce", "index_add", "index_reduce", "put"})
+_WITHOUT_PLACES = frozenset({"sort", "topk", "argsort", "nonzero", "masked_select", "multinomial", "as_strided"})

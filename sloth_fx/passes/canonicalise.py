@@ -11,6 +11,8 @@ what it was, and operators can call each core's function on other tensors.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -18,7 +20,7 @@ from sloth_fx.capture.recorder import has_effect
 from sloth_fx.passes.core import refuse
 from sloth_fx.passes.explicit import ExplicitAttention, explicit_attention
 from sloth_fx.passes.hosts import host_cores
-from sloth_fx.passes.masks import Mask, masks_of
+from sloth_fx.passes.masks import Mask, masks_of, refusal_to_sum
 from sloth_fx.passes.outline import Outline
 from sloth_fx.passes.slices import join_slices
 from sloth_fx.passes.trial import refusal_at_other_sizes
@@ -86,22 +88,28 @@ def _outline(graph: fx.Graph, attention: ExplicitAttention) -> bool:
     with graph.inserting_before(output):
         tensors = [to_canonical(each.node, each.order) for each in (attention.query, attention.key, attention.value)]
     hints = [node.meta["hint"] for node in tensors]
-    outline = Outline(attention, masks[0] if masks else None)
+    outline = Outline(attention, masks)
     try:
         function = outline.function()
         refusal = refusal_at_other_sizes(function, hints, outline.options)
         if refusal is not None and outline.follow_sizes():
             function = outline.function()
             refusal = refusal_at_other_sizes(function, hints, outline.options)
+        sum_of_masks = outline.sum_of_masks() if outline.sums_masks else None
     except LookupError:
         return False
     if attention.shared:
         refusal = "its attention map is used elsewhere as well"
-    if len(masks) > 1:
-        refusal = f"it applies {len(masks)} masks"
+    options: dict[str, Any] = dict(outline.options)
     with graph.inserting_before(output):
-        mask = {"mask": _canonical_mask(graph, masks[0], attention)} if masks else {}
-        core = graph.call_function(function, tuple(tensors), {**mask, **outline.options})
+        if sum_of_masks is not None:
+            refusal = refusal or refusal_to_sum(masks, attention)
+            options["mask"] = graph.call_function(sum_of_masks, tuple(tensors), outline.options)
+            options["mask"].meta["hint"] = attention.softmax.meta["hint"].permute(attention.scores_order)
+            options["whole_mask"] = options["mask"]
+        elif masks:
+            options["mask"] = _canonical_mask(graph, masks[0], attention)
+        core = graph.call_function(function, tuple(tensors), options)
         core.meta["hint"] = output.meta["hint"].permute(attention.output_order)
         refuse(core, refusal)
         result = from_canonical(core, attention.output_order)

@@ -2,6 +2,9 @@
 
 The function has the host's operations in the host's order, so that the result is bit for bit what it was; yet it can be
 called on other tensors.
+
+Several masks are summed outside of it, and so is one that is applied to scores of other dimensions (of windows, say).
+While the sum arrives as it was made, the host's own masks are applied, one by one: sums in another order have other bits.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from torch import Tensor, fx
 
 from sloth_fx.capture.generate import generate
 from sloth_fx.capture.recorder import has_effect
-from sloth_fx.passes.core import Attend, core_function, is_core
-from sloth_fx.passes.explicit import ExplicitAttention
-from sloth_fx.passes.masks import Mask, in_host_layout, with_mask
+from sloth_fx.passes.core import Attend, core_function, is_core, named
+from sloth_fx.passes.explicit import ExplicitAttention, regroups
+from sloth_fx.passes.masks import Mask, in_host_layout, no_scores, one_as_it_is, with_mask
 from sloth_fx.passes.products import dimensions
 from sloth_fx.passes.views import canonical_source, from_canonical, size, to_canonical
 
@@ -26,12 +29,14 @@ class Outline:
     """The function of one attention, and what it needs besides query, key, value and mask.
 
     ``extras`` are these nodes, with the names of the function's parameters. The nodes from which the function computes
-    whatever else it needs are the operands of the products.
+    whatever else it needs are the operands of the products. ``mask`` is the one mask that the function is given, where
+    it needs no sum; else all are among the extras, and :meth:`sum_of_masks` computes it.
     """
 
-    def __init__(self, attention: ExplicitAttention, mask: Mask | None) -> None:
+    def __init__(self, attention: ExplicitAttention, masks: list[Mask]) -> None:
         self.attention = attention
-        self.mask = mask
+        self.masks = masks
+        self.mask = one_as_it_is(masks)
         self.extras: dict[fx.Node, str] = {}
         self._sizes: dict[fx.Node, tuple[str, int]] = {}
         self._structure: tuple[str, ...] = ()
@@ -42,13 +47,18 @@ class Outline:
             for operand in self._operands.values()
             if (source := canonical_source(operand.node, operand.order)) is not None
         }
-        if mask is not None:
-            self._known.add(mask.mask)
+        self._known |= {mask.mask for mask in masks}
+        if self.sums_masks:
+            self.extras = {mask.mask: f"mask_{index}" for index, mask in enumerate(masks)}
         self.ignored = _ignored_input(attention)
         for node in attention.chain:
             for each in node.all_input_nodes:
                 if each is not self.ignored:
                     self._find_extras(each)
+
+    @property
+    def sums_masks(self) -> bool:
+        return bool(self.masks) and self.mask is None
 
     @property
     def options(self) -> dict[str, fx.Node]:
@@ -73,17 +83,36 @@ class Outline:
         self._structure = ()
         plain = self._generated()
         masked = self._generated(masked=True)
-        own = self._generated(masked=True, own=True) if self.mask is not None else masked
+        own = self._generated(masked=True, own=True) if self.masks else masked
         own_is_boolean = self.mask is not None and self.mask.kind != "added"
+        sums_masks = self.sums_masks
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **extras: Any) -> Tensor:
+        def attend(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None = None,
+            whole_mask: Tensor | None = None,
+            **extras: Any,
+        ) -> Tensor:
             if mask is None:
                 return plain(None, query, key, value, **extras)  # type: ignore[no-any-return]
-            function = own if (mask.dtype is torch.bool) == own_is_boolean else masked
-            return function(None, query, key, value, mask, **extras)  # type: ignore[no-any-return]
+            is_own = mask is whole_mask if sums_masks else (mask.dtype is torch.bool) == own_is_boolean
+            return (own if is_own else masked)(None, query, key, value, mask, **extras)  # type: ignore[no-any-return]
 
         attend.sloth_fx_structure = self._structure  # type: ignore[attr-defined] # equal where two compute the same
         return core_function(attend)
+
+    def sum_of_masks(self) -> Attend:
+        """``whole_mask(query, key, value, **extras)``: what the masks make of scores that are zero, in canonical
+        order. Raises LookupError where it needs a module."""
+        body = _Body(self, self._operands, self._sizes, own=True, of_masks=True)
+        function = generate(body.graph, "masks")
+
+        def whole_mask(query: Tensor, key: Tensor, value: Tensor, **extras: Any) -> Tensor:
+            return function(None, query, key, value, **extras)  # type: ignore[no-any-return]
+
+        return named(whole_mask, "whole_mask")
 
     def _find_extras(self, node: fx.Node) -> None:
         if node in self._known or node in self.attention.chain:
@@ -140,7 +169,7 @@ def _ignored_input(attention: ExplicitAttention) -> fx.Node | None:
 
 
 class _Body:
-    """The graph of one variant: without a mask, with the host's kind of mask, or with any other."""
+    """The graph of one variant: without a mask, with the host's own, or with any other; or that of the sum of masks."""
 
     def __init__(
         self,
@@ -148,11 +177,13 @@ class _Body:
         operands: dict[str, Any],
         sizes: dict[fx.Node, tuple[str, int]],
         *,
-        masked: bool,
-        own: bool,
+        masked: bool = False,
+        own: bool = False,
+        of_masks: bool = False,
     ) -> None:
         self.attention = outline.attention
         self.host_mask = outline.mask
+        self.masks = {mask.node: mask for mask in outline.masks}
         self.own = own
         self.ignored = outline.ignored
         self.graph = fx.Graph()
@@ -172,15 +203,37 @@ class _Body:
             hint.dtype: self.graph.call_function(getattr, (query, "dtype")),
             hint.device: self.graph.call_function(getattr, (query, "device")),
         }
-        self.graph.output(to_canonical(self.copied(self.attention.output.node), self.attention.output_order))
+        if of_masks:
+            self._blank_scores()
+            end, order = self.attention.softmax.all_input_nodes[0], self.attention.scores_order
+        else:
+            end, order = self.attention.output.node, self.attention.output_order
+        self.graph.output(to_canonical(self.copied(end), order))
         self.graph.eliminate_dead_code(has_effect)
 
     def copied(self, node: fx.Node) -> fx.Node:
         if node not in self.copies:
             if node.op not in ("call_function", "call_method"):
                 raise LookupError(node.name)
-            self.copies[node] = self._at_mask(node) if self._is_masking(node) else self._copy(node)
+            ungrouped = None if self.own else self._ungrouped(node)
+            if ungrouped is not None:
+                self.copies[node] = self.copied(ungrouped)
+            else:
+                self.copies[node] = self._at_mask(self.masks[node]) if node in self.masks else self._copy(node)
         return self.copies[node]
+
+    def _ungrouped(self, node: fx.Node) -> fx.Node | None:
+        """The scores before they were regrouped for a mask, where ``node`` regroups them back: without that mask, they
+        are the same."""
+        if not regroups(node) or node not in self.attention.layouts:
+            return None
+        before = self.attention.chain[: self.attention.chain.index(node)]
+        for earlier in reversed(before):
+            if earlier.meta["hint"].shape == node.meta["hint"].shape and not regroups(earlier):
+                return earlier
+            if earlier not in self.masks and not regroups(earlier):
+                return None
+        return None
 
     def _copy(self, node: fx.Node, without: fx.Node | None = None) -> fx.Node:
         without = without or (self.ignored if node is self.attention.chain[0] else None)
@@ -208,17 +261,21 @@ class _Body:
         moved = order != tuple(range(len(order)))
         return self.graph.call_function(in_host_layout, (self.mask, order)) if moved else self.mask
 
-    def _is_masking(self, node: fx.Node) -> bool:
-        return self.host_mask is not None and node is self.host_mask.node
+    def _at_mask(self, mask: Mask) -> fx.Node:
+        if not self.own:
+            return self.copied(mask.scores) if mask.scores is not None else self._copy(mask.node, without=mask.mask)
+        if self.host_mask is not None:
+            own = self._host_mask()
+            self.copies[mask.mask] = self.graph.call_method("logical_not", (own,)) if mask.kind == "ignore" else own
+        return self._copy(mask.node)
 
-    def _at_mask(self, node: fx.Node) -> fx.Node:
-        assert self.host_mask is not None
-        if self.own:
-            mask = self._host_mask()
-            if self.host_mask.kind == "ignore":
-                mask = self.graph.call_method("logical_not", (mask,))
-            self.copies[self.host_mask.mask] = mask
-            return self._copy(node)
-        if self.host_mask.scores is not None:
-            return self.copied(self.host_mask.scores)
-        return self._copy(node, without=self.host_mask.mask)
+    def _blank_scores(self) -> None:
+        """Let the scores be zeros in the sum of masks."""
+        product = self.attention.scores
+        letters = product.left_letters, product.right_letters, product.out
+        scores = self.graph.call_function(
+            no_scores, (self.copied(product.left), self.copied(product.right), letters)
+        )
+        if product.added is not None:
+            scores = self.graph.call_function(torch.add, (scores, self.copied(product.added)))
+        self.copies[product.node] = scores

@@ -275,7 +275,7 @@ EXPECTED: dict[str, Expected] = {
     # At the end the video attends to itself and to what the blocks before have made of it.
     "MotifVideoTransformer3DModel": [
         *[joint(211, text=(198, 211), image=0, grid=(2, 9, 11)), cross(13)] * 2,
-        Site("self", 396, certain=False),
+        Site("self", 396, image=0, grid=(2, 9, 11), certain=False),  # and a copy of it
     ],
     "LTXVideoTransformer3DModel": _WAN * 2,
     "LTX2VideoTransformer3DModel": _LTX2 * 2,

@@ -37,6 +37,8 @@ every_reducible = pytest.mark.parametrize("name", REDUCIBLE)
 
 # Earlier frames stand in front of the video: they grow with it, and the data says where the video starts at one size.
 HISTORY = ("HeliosTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel")
+# One attention for each sample, so that another batch has others than the data says.
+PER_SAMPLE = ("MochiTransformer3DModel",)
 
 
 @functools.cache
@@ -140,7 +142,7 @@ def test_an_operator_equals_attention_over_a_set_of_tokens(name, moment, operato
     assert difference(found, run(shared(name), inputs())) > 2 * tolerance(name)
 
 
-@pytest.mark.parametrize("name", [name for name in REDUCIBLE if name not in HISTORY])
+@pytest.mark.parametrize("name", [name for name in REDUCIBLE if name not in (*HISTORY, *PER_SAMPLE)])
 @pytest.mark.parametrize("size", [(3, 6, 14), (1, 8, 8)], ids=str)
 def test_other_sizes_after_the_transform(name, size):
     entry = MODELS[name]
