@@ -17,7 +17,6 @@ from naive import Naive, Node, finish, heads, joined
 from torch import Tensor, nn
 
 from sloth_fx.report import SiteReport
-from sloth_fx.site import LatentSize
 
 
 class NotApplicableError(Exception):
@@ -141,10 +140,11 @@ def is_joint(attn: Any) -> bool:
 
 
 def grid_of(site: SiteReport, latent: tuple[int, int]) -> tuple[int, int]:
-    grid = site.grid_at(LatentSize(1, *latent))
+    grid = site.grid_at(latent)
     if grid is None:
         raise NotApplicableError(f"the grid of its {site.q_tokens} tokens is not known")
-    return grid[1:]
+    rows, columns = grid[-2:]
+    return rows, columns
 
 
 def with_algorithm(

@@ -37,6 +37,16 @@ def _alias(tensor: Tensor) -> Tensor:
     return alias
 
 
+Form = tuple[tuple[Any, ...], tuple[int, ...]]
+"""The pattern of a call, and how many dimensions each of its tensors has."""
+
+
+def read_form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Form, list[Tensor]]:
+    """The form of a call, comparable with ``==``, and its tensors in order."""
+    pattern, tensors = read_call(args, kwargs)
+    return (pattern, tuple(tensor.ndim for tensor in tensors)), tensors
+
+
 @dataclass(frozen=True)
 class TokenTest:
     """Whether tensor number ``index`` of a call has as many elements along ``axis`` as the grid of an operator."""
@@ -48,19 +58,20 @@ class TokenTest:
     def holds(self, owner: nn.Module, tensors: list[Tensor]) -> bool:
         layout = owner._modules[self.operator].layout  # type: ignore[union-attr]
         tokens: int = layout.tokens  # type: ignore[union-attr,assignment]
-        return tensors[self.index].shape[self.axis] == tokens
+        tensor = tensors[self.index] if self.index < len(tensors) else None
+        return tensor is not None and self.axis < tensor.ndim and tensor.shape[self.axis] == tokens
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One generated function and the calls it serves.
+    """One generated function and the calls it serves, of one form.
 
     ``sizes``, ``types`` and ``training`` are ``None`` where the capture follows what arrives, else what it was made
     for. ``tokens`` tells its calls from others of the same form, for which there is nothing to do. While the operators
     named in ``neutral_is_original`` do nothing, the host's own forward runs: the function is not the same to the bit.
     """
 
-    pattern: tuple[Any, ...]
+    form: Form
     function: Callable[..., Any]
     sizes: list[torch.Size] | None = None
     types: list[tuple[torch.dtype, torch.device]] | None = None
@@ -68,8 +79,8 @@ class Variant:
     tokens: TokenTest | None = None
     neutral_is_original: tuple[str, ...] = ()
 
-    def serves(self, owner: nn.Module, pattern: tuple[Any, ...], tensors: list[Tensor]) -> bool:
-        if self.pattern != pattern or self.training not in (None, owner.training):
+    def serves(self, owner: nn.Module, form: Form, tensors: list[Tensor]) -> bool:
+        if self.form != form or self.training not in (None, owner.training):
             return False
         if self.tokens is not None and not self.tokens.holds(owner, tensors):
             return False
@@ -89,13 +100,13 @@ class Variants:
 
     ``held`` names the objects that the host's forward worked with when it was captured, such as an attention
     processor, and their types: with others the capture is no longer what the host would do. ``untouched`` are the
-    patterns of calls for which there is nothing to do.
+    forms of calls for which there is nothing to do.
     """
 
     known: list[Variant]
     held: tuple[tuple[str, type], ...]
     recapture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Variant | None]
-    untouched: tuple[tuple[Any, ...], ...] = ()
+    untouched: tuple[Form, ...] = ()
 
     def check(self, owner: nn.Module) -> None:
         for name, kind in self.held:
@@ -106,12 +117,11 @@ class Variants:
                     f"is a {now.__name__} now: change the original, and transform it again"
                 )
 
-    def others(self, owner: nn.Module, pattern: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+    def others(self, owner: nn.Module, form: Form, tensors: list[Tensor]) -> bool:
         """Whether a call is one of those that the host makes for other tokens, and that stay as they were."""
-        if pattern in self.untouched:
-            return True
-        tests = [variant.tokens for variant in self.known]
-        return all(test is not None and not test.holds(owner, tensors) for test in tests)
+        tests = [variant.tokens for variant in self.known if variant.form == form]
+        told = bool(tests) and all(test is not None and not test.holds(owner, tensors) for test in tests)
+        return told or form in self.untouched
 
     def add(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture a call that no variant serves, and remember it."""
@@ -131,13 +141,13 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         variants.check(self)
-        pattern, tensors = read_call(args, kwargs)
+        form, tensors = read_form(args, kwargs)
         for variant in variants.known:
-            if variant.serves(self, pattern, tensors):
+            if variant.serves(self, form, tensors):
                 if variant.idle(self):
                     return original(self, *args, **kwargs)
                 return variant.function(self, *tensors)
-        if variants.others(self, pattern, tensors):
+        if variants.others(self, form, tensors):
             return original(self, *args, **kwargs)
         return variants.add(self, args, kwargs).function(self, *tensors)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from sloth_fx.bind import TokenTest, Variant, Variants, held_objects, make_forward, unbound
+from sloth_fx.bind import Form, TokenTest, Variant, Variants, held_objects, make_forward, read_form, unbound
 from sloth_fx.capture import Skeleton, capture
-from sloth_fx.capture.call import read_call
 from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
@@ -69,13 +68,13 @@ class OwnerRewriter:
         )
         if key not in self._shared:
             done = [_variant(self.found.skeleton, owner, visit) for visit in visits]
-            planned = [variant.pattern for _, variant in done]
-            patterns = (read_call(*visit.call)[0] for visit in self.found.visits[path])
+            planned = [variant.form for _, variant in done]
+            forms = (read_form(*visit.call)[0] for visit in self.found.visits[path])
             variants = Variants(
                 [variant for _, variant in done],
                 held_objects(owner),
                 _Recapture(visits),
-                untouched=tuple(pattern for pattern in patterns if pattern not in planned),
+                untouched=tuple(form for form in forms if form not in planned),
             )
             self._shared[key] = RewrittenOwner([rewritten for rewritten, _ in done], make_forward(variants))
         return self._shared[key], visits
@@ -164,17 +163,16 @@ def _alike(visit: PlannedVisit, call: Call, plans: dict[int, SitePlan]) -> bool:
     return all(_same_work(plan, other) for plan, other in zip(visit.plans.values(), plans.values(), strict=True))
 
 
-def _form(call: Call) -> tuple[Any, ...]:
-    pattern, tensors = read_call(*call)
-    return pattern, tuple(tensor.ndim for tensor in tensors)
+def _form(call: Call) -> Form:
+    return read_form(*call)[0]
 
 
 def _told_apart(visit: PlannedVisit, others: list[Call]) -> PlannedVisit:
     """``visit`` with the test by which its calls are known, where the owner is called in other ways as well."""
-    same = [read_call(*call)[1] for call in others if _form(call) == _form(visit.call)]
+    form, tensors = read_form(*visit.call)
+    same = [read_form(*call)[1] for call in others if _form(call) == form]
     if not same:
         return visit
-    tensors = read_call(*visit.call)[1]
     for core, plan in visit.plans.items():
         tokens = plan.site.q_tokens
         for index, tensor in enumerate(tensors):
@@ -196,8 +194,9 @@ class _Recapture:
     visits: list[PlannedVisit]
 
     def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | None:
-        tensors = read_call(args, kwargs)[1]
-        visit = next((v for v in self.visits if v.tokens is None or v.tokens.holds(owner, tensors)), None)
+        form, tensors = read_form(args, kwargs)
+        visits = sorted(self.visits, key=lambda visit: _form(visit.call) != form)  # those of this form first
+        visit = next((v for v in visits if v.tokens is None or v.tokens.holds(owner, tensors)), None)
         if visit is None:
             return None
         skeleton = Skeleton(owner, tensors[0].device if tensors else None)
@@ -209,12 +208,12 @@ class _Recapture:
 def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple[Rewritten, Variant]:
     captured = capture(skeleton, owner, visit.call, visit.resized)
     rewritten = rewrite(captured, skeleton, visit.plans, visit.attentions, visit.number, per_sample=_per_sample(visit))
-    _, tensors = read_call(*visit.call)
+    form, tensors = read_form(*visit.call)
     operators = [
         operator_name(deed, core, visit.number) for core, plan in visit.plans.items() for deed in _operators(plan)
     ]
     variant = Variant(
-        captured.pattern,
+        form,
         rewritten.function,
         sizes=None if captured.any_size else [tensor.shape for tensor in tensors],
         types=None if captured.any_type else [(tensor.dtype, tensor.device) for tensor in tensors],

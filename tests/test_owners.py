@@ -108,6 +108,28 @@ class Patterns(nn.Module):
         return self.attend(x, context=text).mT.unflatten(2, sample.shape[2:])
 
 
+class MapOrTokens(Attend):
+    """Takes (B, C, H, W) as well."""
+
+    def forward(self, x, context=None, keep=None):
+        if x.ndim < 4:
+            return super().forward(x, context, keep)
+        return super().forward(x.flatten(2).mT, context, keep).mT.unflatten(2, x.shape[2:])
+
+
+class Forms(nn.Module):
+    """One attention for a map, for text, and for the tokens of the map."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj_in, self.attend = nn.Conv2d(4, 16, 1), MapOrTokens()
+
+    def forward(self, sample, text, by_hand=False):
+        keep = {"keep": every_2nd(sample.shape[2])} if by_hand else {}
+        x = self.attend(self.proj_in(sample), **keep)
+        return self.attend(text).mean() + self.attend(x.flatten(2).mT, **keep)
+
+
 TEXT = torch.Size([2, 7, 16])
 CASES = {
     "video": (Video, [(2, 4, FRAMES, 5, 9)]),
@@ -115,7 +137,14 @@ CASES = {
     "twice": (Twice, [(2, 4, 5, 9)]),
     "levels": (Levels, [(3, 4, 7, 13)]),
     "patterns": (Patterns, [(2, 4, 5, 9), TEXT]),
+    "forms": (Forms, [(2, 4, 5, 9), TEXT]),
     "text_alone": (lambda: Patterns(alone=True), [(2, 4, 5, 9), TEXT]),
+}
+
+
+ACTING = {
+    **dict.fromkeys(("video", "video_of_three"), ["self", "temporal"]),
+    **dict.fromkeys(("patterns", "text_alone"), ["self"]),
 }
 
 
@@ -129,9 +158,7 @@ def test_each_call_gets_what_its_tokens_ask_for(name):
     model, given = build().eval(), inputs(shapes)
     patched = sloth_fx.transform(model, POOL, example_inputs=given)
     acting = [site.kind for site in sloth_fx.report(patched) if site.operators]
-    assert acting == {"video": ["self", "temporal"], "twice": ["self"] * 2, "levels": ["self"] * 2}.get(
-        name.removesuffix("_of_three"), ["self"]
-    )
+    assert acting == ACTING.get(name, ["self", "self"])
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(*(each.double() for each in given), by_hand=True)
         assert (patched(*given) - expected).abs().max() < 1e-5

@@ -20,7 +20,7 @@ from sloth_fx.capture.recorder import has_effect
 from sloth_fx.passes.core import refuse
 from sloth_fx.passes.explicit import ExplicitAttention, explicit_attention
 from sloth_fx.passes.hosts import host_cores
-from sloth_fx.passes.masks import Mask, masks_of, refusal_to_sum
+from sloth_fx.passes.masks import Mask, masks_of, refusal_of_masks
 from sloth_fx.passes.outline import Outline
 from sloth_fx.passes.slices import join_slices
 from sloth_fx.passes.trial import refusal_at_other_sizes
@@ -95,20 +95,20 @@ def _outline(graph: fx.Graph, attention: ExplicitAttention) -> bool:
         if refusal is not None and outline.follow_sizes():
             function = outline.function()
             refusal = refusal_at_other_sizes(function, hints, outline.options)
-        sum_of_masks = outline.sum_of_masks() if outline.sums_masks else None
+        sum_of_masks = outline.sum_of_masks()
     except LookupError:
         return False
     if attention.shared:
         refusal = "its attention map is used elsewhere as well"
+    refusal = refusal or refusal_of_masks(masks, attention)
     options: dict[str, Any] = dict(outline.options)
     with graph.inserting_before(output):
+        mask = _canonical_mask(graph, masks[0], attention) if masks and sum_of_masks is None else None
         if sum_of_masks is not None:
-            refusal = refusal or refusal_to_sum(masks, attention)
-            options["mask"] = graph.call_function(sum_of_masks, tuple(tensors), outline.options)
-            options["mask"].meta["hint"] = attention.softmax.meta["hint"].permute(attention.scores_order)
-            options["whole_mask"] = options["mask"]
-        elif masks:
-            options["mask"] = _canonical_mask(graph, masks[0], attention)
+            mask = graph.call_function(sum_of_masks, tuple(tensors), {**options})
+            mask.meta["hint"] = attention.softmax.meta["hint"].permute(attention.scores_order)
+        if mask is not None:
+            options |= {"mask": mask, "whole_mask": mask}
         core = graph.call_function(function, tuple(tensors), options)
         core.meta["hint"] = output.meta["hint"].permute(attention.output_order)
         refuse(core, refusal)

@@ -31,8 +31,9 @@ class AttentionCore:
 
     ``attend(query, key, value, mask, **options)``, the mask being optional and in fourth place, is the host's own
     attention for other tensors: another batch, other numbers of queries and keys. ``options`` (a scale, dropout,
-    grouped queries) may hold nodes, and never mask nor ``causal``. ``refusal`` says why no operator can work here.
-    ``calls`` is how many calls of the host this one stands for (it may compute slices one after the other).
+    grouped queries, the ``whole_mask`` by which the host's own is known) may hold nodes, and never ``mask`` nor
+    ``causal``. ``refusal`` says why no operator can work here. ``calls`` is how many calls of the host this one stands
+    for (it may compute slices one after the other).
     """
 
     node: fx.Node

@@ -54,11 +54,15 @@ def one_as_it_is(masks: list[Mask]) -> Mask | None:
     return masks[0] if len(masks) == 1 and not masks[0].moved else None
 
 
-def refusal_to_sum(masks: list[Mask], attention: ExplicitAttention) -> str | None:
-    """Why the masks of an attention have no sum that can be added to the scores in the end, if so."""
+def refusal_of_masks(masks: list[Mask], attention: ExplicitAttention) -> str | None:
+    """Why the masks of an attention cannot be one mask of its core, if so."""
+    if masks and dimensions(attention.softmax) != dimensions(attention.scores.node):
+        return "it is masked where its scores have other dimensions than they are made with"
+    if not masks or one_as_it_is(masks) is not None:
+        return None
     after = attention.chain[attention.chain.index(masks[0].node) + 1 : attention.chain.index(attention.softmax)]
     applied = [mask.node for mask in masks]
-    for node in after:
+    for node in after:  # what is added may go through it
         linear = node.target in _LINEAR or regroups(node) or permutation(node) is not None
         if node not in applied and not linear:
             return f"it applies {len(masks)} masks, and {name_of(node)} in between"
@@ -105,3 +109,9 @@ def with_mask(scores: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype is torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
     return scores + mask.to(scores.dtype)
+
+
+def without_blind(probs: Tensor, scores: Tensor, keys_at: int) -> Tensor:
+    """The softmax ``probs`` of ``scores`` over dimension ``keys_at``, with zeros for queries that see no key."""
+    blind = (scores == -torch.inf).all(keys_at, keepdim=True)
+    return probs.masked_fill(blind, 0.0)

@@ -4,7 +4,8 @@ The function has the host's operations in the host's order, so that the result i
 called on other tensors.
 
 Several masks are summed outside of it, and so is one that is applied to scores of other dimensions (of windows, say).
-While the sum arrives as it was made, the host's own masks are applied, one by one: sums in another order have other bits.
+While the sum arrives as it was made, the host's masks are applied, one by one: a sum in another order has other bits.
+A query that sees nothing of what an operator leaves gets zeros, as it does from ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sloth_fx.capture.generate import generate
 from sloth_fx.capture.recorder import has_effect
 from sloth_fx.passes.core import Attend, core_function, is_core, named
 from sloth_fx.passes.explicit import ExplicitAttention, regroups
-from sloth_fx.passes.masks import Mask, in_host_layout, no_scores, one_as_it_is, with_mask
+from sloth_fx.passes.masks import Mask, in_host_layout, no_scores, one_as_it_is, with_mask, without_blind
 from sloth_fx.passes.products import dimensions
 from sloth_fx.passes.views import canonical_source, from_canonical, size, to_canonical
 
@@ -48,17 +49,13 @@ class Outline:
             if (source := canonical_source(operand.node, operand.order)) is not None
         }
         self._known |= {mask.mask for mask in masks}
-        if self.sums_masks:
+        if masks and self.mask is None:
             self.extras = {mask.mask: f"mask_{index}" for index, mask in enumerate(masks)}
         self.ignored = _ignored_input(attention)
         for node in attention.chain:
             for each in node.all_input_nodes:
                 if each is not self.ignored:
                     self._find_extras(each)
-
-    @property
-    def sums_masks(self) -> bool:
-        return bool(self.masks) and self.mask is None
 
     @property
     def options(self) -> dict[str, fx.Node]:
@@ -79,13 +76,12 @@ class Outline:
         return bool(self._sizes)
 
     def function(self) -> Attend:
-        """``attend(query, key, value, mask=None, **extras)``. Raises LookupError where it needs a module."""
+        """``attend(query, key, value, mask=None, whole_mask=None, **extras)``; where ``mask`` is ``whole_mask``, the
+        host's own mask or masks are meant. Raises LookupError where it needs a module."""
         self._structure = ()
         plain = self._generated()
         masked = self._generated(masked=True)
         own = self._generated(masked=True, own=True) if self.masks else masked
-        own_is_boolean = self.mask is not None and self.mask.kind != "added"
-        sums_masks = self.sums_masks
 
         def attend(
             query: Tensor,
@@ -97,15 +93,17 @@ class Outline:
         ) -> Tensor:
             if mask is None:
                 return plain(None, query, key, value, **extras)  # type: ignore[no-any-return]
-            is_own = mask is whole_mask if sums_masks else (mask.dtype is torch.bool) == own_is_boolean
-            return (own if is_own else masked)(None, query, key, value, mask, **extras)  # type: ignore[no-any-return]
+            function = own if mask is whole_mask else masked
+            return function(None, query, key, value, mask, **extras)  # type: ignore[no-any-return]
 
         attend.sloth_fx_structure = self._structure  # type: ignore[attr-defined] # equal where two compute the same
         return core_function(attend)
 
-    def sum_of_masks(self) -> Attend:
+    def sum_of_masks(self) -> Attend | None:
         """``whole_mask(query, key, value, **extras)``: what the masks make of scores that are zero, in canonical
-        order. Raises LookupError where it needs a module."""
+        order; ``None`` where there is nothing to sum. Raises LookupError where it needs a module."""
+        if not self.masks or self.mask is not None:
+            return None
         body = _Body(self, self._operands, self._sizes, own=True, of_masks=True)
         function = generate(body.graph, "masks")
 
@@ -249,11 +247,16 @@ class _Body:
                 lambda each: self.types.get(each, each) if isinstance(each, (torch.dtype, torch.device)) else each,
             )
         if node is self.attention.softmax and self.mask is not None and not self.own:
-            scores = self.copies[node.all_input_nodes[0]]
-            with self.graph.inserting_before(copy):
-                mask = self._host_mask()
-                copy.replace_input_with(scores, self.graph.call_function(with_mask, (scores, mask)))
+            return self._masked_softmax(copy)
         return copy
+
+    def _masked_softmax(self, softmax: fx.Node) -> fx.Node:
+        """The mask goes in front of the softmax, whatever mask the host has and where."""
+        scores = self.copies[self.attention.softmax.all_input_nodes[0]]
+        with self.graph.inserting_before(softmax):
+            masked = self.graph.call_function(with_mask, (scores, self._host_mask()))
+            softmax.replace_input_with(scores, masked)
+        return self.graph.call_function(without_blind, (softmax, masked, self.attention.scores_order[-1]))
 
     def _host_mask(self) -> fx.Node:
         assert self.mask is not None
@@ -273,9 +276,7 @@ class _Body:
         """Let the scores be zeros in the sum of masks."""
         product = self.attention.scores
         letters = product.left_letters, product.right_letters, product.out
-        scores = self.graph.call_function(
-            no_scores, (self.copied(product.left), self.copied(product.right), letters)
-        )
+        scores = self.graph.call_function(no_scores, (self.copied(product.left), self.copied(product.right), letters))
         if product.added is not None:
             scores = self.graph.call_function(torch.add, (scores, self.copied(product.added)))
         self.copies[product.node] = scores

@@ -54,9 +54,10 @@ def _whole(core: AttentionCore) -> tuple[Any, ...] | None:
     if query is None:
         return None
     tokens = dimensions(core.query) - 2
+    options = {name: option for name, option in core.options.items() if name != "whole_mask" or option is not core.mask}
     how = (
         getattr(core.attend, "sloth_fx_structure", core.attend),
-        tuple(core.options.items()),
+        tuple(options.items()),
         core.causal,
         core.refusal,
     )
@@ -89,6 +90,7 @@ def _join(graph: fx.Graph, whole: tuple[Any, ...], cores: list[AttentionCore]) -
     core = cores[0]
     with graph.inserting_before(last):
         given = {**core.options, **({"mask": mask} if mask is not None else {})}
+        given |= {"whole_mask": mask} if "whole_mask" in given else {}
         given |= {"causal": True} if core.causal else {}
         joined = graph.call_function(_in_slices(core.attend, dim, size), (query, key, value), given)
         hint = query.meta["hint"]
@@ -106,6 +108,7 @@ def _join(graph: fx.Graph, whole: tuple[Any, ...], cores: list[AttentionCore]) -
 
 def _in_slices(attend: Attend, dim: int, size: int) -> Attend:
     def sliced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        whole = "whole_mask" in options and mask is options.pop("whole_mask")
         parts = []
         for start in range(0, query.shape[dim], size):
             part = query.narrow(dim, start, min(size, query.shape[dim] - start))
@@ -116,7 +119,8 @@ def _in_slices(attend: Attend, dim: int, size: int) -> Attend:
                 axis = dim - query.ndim  # the mask may have fewer dimensions
                 if mask.ndim >= -axis and mask.shape[axis] == query.shape[dim]:
                     hidden = mask.narrow(axis, start, part.shape[dim])
-            parts.append(attend(part, keys, values, *([] if hidden is None else [hidden]), **options))
+            told = {"whole_mask": hidden} if whole else {}
+            parts.append(attend(part, keys, values, *([] if hidden is None else [hidden]), **told, **options))
         return torch.cat(parts, dim)
 
     return core_function(sliced)

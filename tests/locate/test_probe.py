@@ -198,3 +198,54 @@ def test_windows_are_rows(pattern, heads):
     [site] = sloth_fx.inspect(Windows(pattern), example_inputs=(torch.zeros(2, 4, 9, 20),))
     assert (site.kind, site.grid, site.divisors) == ("self", (3, 5), (None, None))
     assert site.heads == heads
+
+
+class Functional(nn.Module):
+    """torch's own function, with tokens first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.zeros(3 * 6, 6)), nn.Linear(6, 6)
+        self.proj_in = nn.Linear(4, 6)
+
+    def attend(self, query, key):
+        return F.multi_head_attention_forward(
+            *(query, key, key, 6, 3, self.weight, None, None, None, False, 0.0),
+            self.out.weight,
+            self.out.bias,
+            need_weights=False,
+        )[0]
+
+    def forward(self, sample, text):
+        x, text = (self.proj_in(each).transpose(0, 1) for each in (sample.flatten(2).mT, text))
+        x = self.attend(x, x)
+        return self.attend(torch.cat([text, x]), torch.cat([text, x])) + self.attend(x, text).mean()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_multi_head_attention_forward(shape):
+    """What comes out of one has its places, so that the next is known as well."""
+    example = torch.zeros(shape), torch.zeros(shape[0], 6, 4)
+    own, joint, cross = sloth_fx.inspect(Functional(), example_inputs=example)
+    assert [site.kind for site in (own, joint, cross)] == ["self", "joint", "cross"]
+    assert {(site.grid, site.heads, site.head_dim) for site in (own, joint, cross)} == {(shape[2:], 3, 2)}
+    assert joint.key_place.start(joint.kv_tokens, shape[2] * shape[3]) == 6
+    assert cross.text == (0, 6)
+
+
+class Encoder(nn.Module):
+    """torch's own layer, which has a fast path for inference."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+    def forward(self, sample):
+        return self.layer(sample.flatten(2).mT)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_encoder_layer(shape, training):
+    [site] = sloth_fx.inspect(Encoder().train(training), example_inputs=(torch.zeros(shape),))
+    assert (site.path, site.kind, site.grid, site.heads) == ("layer.self_attn", "self", shape[2:], 2)

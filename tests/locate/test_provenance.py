@@ -60,6 +60,12 @@ def by_chunks(x):
     return out
 
 
+def written(x):
+    out = x.clone()
+    out[:, 3:5] = x[:, 8:10]
+    return out
+
+
 EXACT = {
     "view": lambda x: x.view(3, 3, 5, 4),
     "flatten": lambda x: x.flatten(1),
@@ -105,6 +111,7 @@ EXACT = {
     "where": lambda x: torch.where((torch.arange(15) < 4)[:, None], x, x),
     "clone": lambda x: x.clone(),
     "view_as": lambda x: x.mT.view_as(x.mT),
+    "a_copy_with_other_tokens": written,
     "narrow": lambda x: x.narrow(1, 3, 7),
     "hsplit": lambda x: x.tensor_split(2, dim=1)[1],
     "unfold_twice": lambda x: x.view(3, 3, 5, 4).unfold(1, 2, 1).unfold(2, 3, 2),
@@ -115,12 +122,6 @@ EXACT = {
 def test_what_moves_numbers_moves_places(name):
     [expected] = numbered(SEQUENCE)
     assert (Run(EXACT[name], SEQUENCE).places == EXACT[name](expected).numpy()).all()
-
-
-def written(x):
-    out = x.clone()
-    out[:, 3:5] = x[:, 8:10]
-    return out
 
 
 PADDED = {
@@ -246,6 +247,25 @@ def test_what_works_on_each_token_keeps_its_place(name):
     places = Run(KEPT[name], SEQUENCE).places
     assert (places.min(-1) == expected).all()
     assert (places // 4 == expected[..., None] // 4).all()
+
+
+THIN = {
+    "linear": lambda x: x,
+    "clone": lambda x: x.clone(),
+    "heads": lambda x: x.unflatten(-1, (2, 3)).transpose(1, 2).transpose(1, 2).flatten(2),
+    "gated": lambda x: torch.cat([x, x], -1),
+    "rotated": lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2),
+    "attended": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "with_text": lambda x: torch.cat([x, x.roll(1, 1)], 1),
+}
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_channels_cost_nothing(name):
+    """Of what a layer gives, all channels of a token have one place, which is kept once."""
+    places = places_of(Run(lambda x: THIN[name](F.linear(x, torch.empty(6, 4))), SEQUENCE).result)
+    assert places.strides[-1] == 0
+    assert places.shape[-1] in (6, 12)
 
 
 LOST = {
