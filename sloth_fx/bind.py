@@ -119,9 +119,10 @@ class Variants:
 
     def others(self, owner: nn.Module, form: Form, tensors: list[Tensor]) -> bool:
         """Whether a call is one of those that the host makes for other tokens, and that stay as they were."""
-        tests = [variant.tokens for variant in self.known if variant.form == form]
-        told = bool(tests) and all(test is not None and not test.holds(owner, tensors) for test in tests)
-        return told or form in self.untouched
+        if form in self.untouched:
+            return True
+        alike = [variant for variant in self.known if variant.form == form] or self.known
+        return all(each.tokens is not None and not each.tokens.holds(owner, tensors) for each in alike)
 
     def add(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture a call that no variant serves, and remember it."""

@@ -143,8 +143,10 @@ CASES = {
 
 
 ACTING = {
-    **dict.fromkeys(("video", "video_of_three"), ["self", "temporal"]),
-    **dict.fromkeys(("patterns", "text_alone"), ["self"]),
+    "video": ["self", "temporal"],
+    "video_of_three": ["self", "temporal"],
+    "patterns": ["self"],
+    "text_alone": ["self"],
 }
 
 

@@ -23,10 +23,12 @@ class MergeMap(NamedTuple):
     Attributes:
         target: (B, N), for each token the merged one that it is part of, 0..M - 1.
         chosen: (B, M), for each merged token the one that stands for it: itself, or the destination.
+        merged: (B, R), the tokens that are merged away.
     """
 
     target: Tensor
     chosen: Tensor
+    merged: Tensor
 
 
 def merged_tokens(grid: tuple[int, int], cell: tuple[int, int], ratio: float) -> int:
@@ -87,14 +89,23 @@ def merge_map(
     target = torch.empty_like(is_source).repeat(batch, 1).scatter(1, sources, of_source)
     target = target.scatter(1, destinations, of_destination)
     chosen = torch.cat([sources.gather(1, order[:, away:]), destinations], 1)
-    return MergeMap(_of_all(target, frames, kept + count), _of_all(chosen, frames, tokens))
+    merged = sources.gather(1, order[:, :away])
+    return MergeMap(
+        _of_all(target, frames, kept + count), _of_all(chosen, frames, tokens), _of_all(merged, frames, tokens)
+    )
 
 
 def merge(x: Tensor, mapping: MergeMap) -> Tensor:
     """(B, N, C) -> (B, M, C): the mean of the tokens that become one."""
-    shape = x.shape[0], mapping.chosen.shape[1], x.shape[2]
-    target = mapping.target.unsqueeze(-1).expand_as(x)
-    return x.new_zeros(shape).scatter_reduce(1, target, x, "mean", include_self=False)
+    # Only the tokens that are merged away are added to what stays: less to move than a reduction over all.
+    into = mapping.target.gather(1, mapping.merged)
+    tokens = _pick(x, mapping.chosen)
+    rows = _rows(into, tokens.shape[1])
+    away = _pick(x, mapping.merged).flatten(0, 1)
+    summed = tokens.flatten(0, 1).scatter_add(0, rows.unsqueeze(-1).expand_as(away), away)
+    count = torch.ones_like(rows, dtype=x.dtype)
+    parts = torch.ones(summed.shape[0], dtype=x.dtype, device=x.device).index_add(0, rows, count)
+    return torch.unflatten(summed / parts.unsqueeze(-1), 0, tokens.shape[:2])
 
 
 def choose(x: Tensor, mapping: MergeMap) -> Tensor:
@@ -130,7 +141,13 @@ def _hash(number: Tensor, seed: int | Tensor) -> Tensor:
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    """(B, N, C), (B, M) -> (B, M, C). By whole rows: gather would take an index for each channel."""
+    return torch.unflatten(x.flatten(0, 1).index_select(0, _rows(index, x.shape[1])), 0, index.shape)
+
+
+def _rows(index: Tensor, size: int) -> Tensor:
+    """(B, M) indices within samples of `size` tokens -> (B * M,) within all of them."""
+    return (index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * size).flatten()
 
 
 def _of_all(index: Tensor, frames: int, size: int) -> Tensor:
