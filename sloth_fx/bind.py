@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sloth_fx.capture.call import read_call
 from sloth_fx.copying import copy_module
+from sloth_fx.dynamo import get_eval_frame_callback, outside_graphs
 from sloth_fx.errors import SlothError
 
 _ORIGINAL = "_sloth_fx_original_forward"
@@ -69,6 +70,7 @@ class Variant:
     ``sizes``, ``types`` and ``training`` are ``None`` where the capture follows what arrives, else what it was made
     for. ``tokens`` tells its calls from others of the same form, for which there is nothing to do. While the operators
     named in ``neutral_is_original`` do nothing, the host's own forward runs: the function is not the same to the bit.
+    ``values`` are what some tensors held when the host's Python read them, and have to hold again.
     """
 
     form: Form
@@ -78,6 +80,7 @@ class Variant:
     training: bool | None = None
     tokens: TokenTest | None = None
     neutral_is_original: tuple[str, ...] = ()
+    values: Mapping[int, Tensor] = field(default_factory=dict)
 
     def serves(self, owner: nn.Module, form: Form, tensors: list[Tensor]) -> bool:
         if self.form != form or self.training not in (None, owner.training):
@@ -86,12 +89,20 @@ class Variant:
             return False
         if self.sizes is not None and self.sizes != [tensor.shape for tensor in tensors]:
             return False
-        return self.types is None or self.types == [(tensor.dtype, tensor.device) for tensor in tensors]
+        if self.types is not None and self.types != [(tensor.dtype, tensor.device) for tensor in tensors]:
+            return False
+        return all(_equal(tensors[index], value) for index, value in self.values.items())
 
     def idle(self, owner: nn.Module) -> bool:
         """Whether the host's own forward does the same, and to the bit."""
         names = self.neutral_is_original
         return bool(names) and all(owner._modules[name].layout.neutral for name in names)  # type: ignore[union-attr]
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        return False
+    return torch.equal(tensor, value.to(tensor.device))
 
 
 @dataclass(eq=False)
@@ -131,7 +142,9 @@ class Variants:
                 f"{type(owner).__name__} is called in a way that its capture does not cover; run the patched model "
                 "once with these arguments before compiling it"
             )
-        variant = self.recapture(owner, args, kwargs)
+        between_graphs = callable(get_eval_frame_callback())  # of a compiled model: a capture shall not be compiled
+        recapture = outside_graphs(self.recapture) if between_graphs else self.recapture
+        variant = recapture(owner, args, kwargs)
         assert variant is not None  # or it would be one of the others
         self.known.append(variant)
         return variant

@@ -220,5 +220,6 @@ def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple
         training=None if captured.any_mode else owner.training,
         tokens=visit.tokens,
         neutral_is_original=tuple(operators) if captured.inexact else (),
+        values=captured.values,
     )
     return rewritten, variant

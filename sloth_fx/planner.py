@@ -103,6 +103,8 @@ def _selected(spec: Spec, sites: Sequence[AttentionSite], images: list[Attention
 def _unfit(spec: Spec, site: AttentionSite) -> str | None:
     """Why a spec that selects a site does nothing there."""
     name = type(spec).__name__
+    if site.refusal is not None:
+        return site.refusal
     if site.grid is None:
         return f"{name} needs rows and columns, and the grid of its {site.q_tokens} tokens is unknown"
     if isinstance(spec, (SlothfulAttention, NearSightedAttention)):

@@ -67,6 +67,7 @@ class AttentionSite:
     ``divisors`` tell, for each of these, how many of the latent's one token stands for (``None``: the number of tokens
     is fixed, as in a window). ``text`` is the range of key positions that are text, or ``None``. ``query_place`` and
     ``key_place`` tell where in the sequence the image tokens lie, and ``on_image`` whether both sides have any.
+    ``refusal`` says why no operator can work here, whatever the tokens are.
     """
 
     path: str
@@ -86,6 +87,7 @@ class AttentionSite:
     key_place: Place = field(default_factory=Place)
     core: int = 0
     on_image: bool = True
+    refusal: str | None = None
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Capture:
     ``any_type``: neither dtype nor device is. ``any_mode``: training or not is the same. Where one of these does not
     hold, the graph serves only calls like the one it was captured from.
 
+    ``values`` are those that Python has read, and that tensors have to have again, by their number in a call.
+
     ``inexact``: the forward itself takes a native path, or one that depends on which arguments are the same tensor, so
     that the graph is the same mathematics and not the same bits.
     """
@@ -35,6 +37,7 @@ class Capture:
     any_size: bool
     any_type: bool
     any_mode: bool
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
     inexact: bool = False
 
 
@@ -47,14 +50,14 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
         with quiet():
             recorder = _record(skeleton, owner, call)
             again = _record(skeleton, owner, other) if other is not None else None
-            any_mode = _code(recorder.graph) == _code(_in_other_mode(skeleton, owner, call).graph)
+            any_mode = _outcome(recorder) == _outcome(_in_other_mode(skeleton, owner, call))
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise SlothError(
             f"the forward of {type(owner).__name__} cannot be captured: {type(error).__name__}: "
             f"{reason[0] if reason else 'no message'}"
         ) from error
-    pattern, _ = read_call(*call)
+    pattern, tensors = read_call(*call)
     return Capture(
         owner=owner,
         graph=recorder.graph,
@@ -62,12 +65,23 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
         any_size=again is not None and _same(recorder, again),
         any_type=not recorder.type_steered,
         any_mode=any_mode,
+        values={index: tensors[index].clone() for index in _read(recorder)},
         inexact=isinstance(owner, nn.MultiheadAttention) and (owner.batch_first or _has_aliases(call)),
     )
 
 
 def _same(recorder: Recorder, again: Recorder) -> bool:
-    return _code(recorder.graph) == _code(again.graph) and recorder.steered_by == again.steered_by
+    return _outcome(recorder) == _outcome(again) and recorder.steered_by == again.steered_by
+
+
+def _outcome(recorder: Recorder) -> tuple[str, list[int]]:
+    return recorder.graph.python_code("self").src, _read(recorder)
+
+
+def _read(recorder: Recorder) -> list[int]:
+    """The numbers of the tensors whose values became part of a graph."""
+    placeholders = [node for node in recorder.graph.nodes if node.op == "placeholder"]
+    return [index for index, node in enumerate(placeholders) if node in recorder.read]
 
 
 def _has_aliases(call: Call) -> bool:
@@ -85,17 +99,13 @@ def _in_other_mode(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder
 
 
 def _record(skeleton: Skeleton, owner: nn.Module, call: Call) -> Recorder:
-    recorder = Recorder(skeleton, owner)
+    recorder = Recorder(skeleton, owner, reads_values=True)
     try:
         recorder.record(*call)
     except Exception:  # perhaps a proxy where only a real dtype or device will do
-        recorder = Recorder(skeleton, owner, follow_types=False)
+        recorder = Recorder(skeleton, owner, follow_types=False, reads_values=True)
         recorder.record(*call)
     return recorder
-
-
-def _code(graph: fx.Graph) -> str:
-    return graph.python_code("self").src
 
 
 def _empty(value: Any) -> bool:

@@ -60,7 +60,7 @@ class HostFunction:
             if given is not None and not off:
                 return f"{self.name}: {reason}"
         mask = arguments.get(self.mask) if self.mask is not None else None
-        if mask is not None and not hasattr(mask, "shape"):
+        if mask is not None and not isinstance(mask, Tensor):
             return f"{self.name}: its mask is a {type(mask).__name__}"
         return None
 

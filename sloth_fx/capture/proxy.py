@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from sloth_fx.capture.torch_private import in_vmap
+from sloth_fx.capture.values import behind, value_of
 
 # What a tensor is rather than what it holds: the same for every call that follows the same path through the code.
 _CONCRETE = frozenset(
@@ -35,7 +36,8 @@ class HintTracer(fx.Tracer):
     """A tracer whose nodes have hints.
 
     ``type_steered``: a dtype or device has decided a branch or a number. ``steered_by``: for each decision in turn, the
-    integers that it was made from; at another size they are the same only if none of them is a size.
+    integers that it was made from; at another size they are the same only if none of them is a size. ``read`` are the
+    placeholders whose values Python has seen.
     """
 
     def __init__(self, *, follow_types: bool) -> None:
@@ -43,17 +45,28 @@ class HintTracer(fx.Tracer):
         self.follow_types = follow_types
         self.type_steered = not follow_types
         self.steered_by: list[tuple[int, ...]] = []
+        self.read: set[fx.Node] = set()
 
-    def decide(self, node: fx.Node) -> None:
-        """The value of ``node`` is about to steer Python: it becomes part of the capture."""
-        behind = _behind(node)
-        of_type = isinstance(node.meta["hint"], (torch.dtype, torch.device))
-        if not of_type and any("depends_on_data" in each.meta for each in behind):
-            raise NotImplementedError("what its forward does depends on the data in its inputs")
+    def decide(self, node: fx.Node) -> Any:
+        """The value of ``node``, which is about to steer Python: it becomes part of the capture."""
+        hint, parents = node.meta["hint"], behind(node)
+        of_type = isinstance(hint, (torch.dtype, torch.device))
+        depends = isinstance(hint, torch.Tensor) or any("depends_on_data" in each.meta for each in parents)
+        value = self.value(node) if depends and not of_type else hint
         self.type_steered = self.type_steered or any(
-            each.target is getattr and each.args[1] in ("dtype", "device") for each in behind
+            each.target is getattr and each.args[1] in ("dtype", "device") for each in parents
         )
-        self.steered_by.append(tuple(hint for each in behind if type(hint := each.meta["hint"]) is int))
+        self.steered_by.append(tuple(hint for each in parents if type(hint := each.meta["hint"]) is int))
+        return value
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of ``node``, computed from those of arguments, which become part of the capture.
+
+        Raises NotImplementedError where it depends on tensors without values.
+        """
+        value, sources = value_of(node)
+        self.read |= sources
+        return value
 
     def proxy(self, node: fx.Node) -> Any:
         hint = node.meta["hint"]
@@ -92,24 +105,23 @@ class HintProxy(fx.Proxy):
             if name in _RECORDED:
                 return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         elif isinstance(hint, (torch.device, torch.dtype)):
-            return self._decide(getattr(hint, name))
+            return getattr(self._decide(), name)
         return super().__getattr__(name)
 
-    def _decide(self, value: Any) -> Any:
-        self.tracer.decide(self.node)
-        return value
+    def _decide(self) -> Any:
+        return self.tracer.decide(self.node)
 
     def __bool__(self) -> bool:
-        return bool(self._decide(self.hint))
+        return bool(self._decide())
 
     def __int__(self) -> int:
-        return int(self._decide(self.hint))
+        return int(self._decide())
 
     def __index__(self) -> int:
-        return operator.index(self._decide(self.hint))
+        return operator.index(self._decide())
 
     def __float__(self) -> float:
-        return float(self._decide(self.hint))
+        return float(self._decide())
 
     def __round__(self, *digits: int) -> Any:
         return self.tracer.create_proxy("call_function", round, (self, *digits), {})
@@ -122,9 +134,7 @@ class HintProxy(fx.Proxy):
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         """NumPy computes with the value: it becomes part of the capture."""
-        if isinstance(self.hint, torch.Tensor):
-            raise NotImplementedError("it hands a tensor to NumPy")
-        return np.asarray(self._decide(self.hint), *args)
+        return np.asarray(self._decide(), *args)
 
     def __len__(self) -> int:
         return len(self.hint)
@@ -177,8 +187,7 @@ class HintInt(int):
     __hash__ = int.__hash__
 
     def __bool__(self) -> bool:
-        self.tracer.decide(self.node)
-        return int.__bool__(self)
+        return bool(self.tracer.decide(self.node))
 
 
 def _recorded(function: Callable[..., Any], *, reflected: bool = False) -> Callable[..., Any]:
@@ -199,13 +208,3 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
 def is_proxy(value: object) -> bool:
     """Whether ``value`` really is a proxy, whatever it answers to ``isinstance``."""
     return issubclass(type(value), (HintProxy, HintInt))
-
-
-def _behind(node: fx.Node) -> list[fx.Node]:
-    """``node`` and all that it was computed from, in a fixed order."""
-    found, waiting = {node: None}, [node]
-    while waiting:
-        unseen = [parent for parent in waiting.pop().all_input_nodes if parent not in found]
-        found.update(dict.fromkeys(unseen))
-        waiting.extend(unseen)
-    return list(found)

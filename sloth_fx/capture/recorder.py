@@ -7,7 +7,6 @@ instead of computing, so captures in one thread do not meet models that run in a
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,10 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sloth_fx.capture.call import labelled_tensors
+from sloth_fx.capture.effects import has_effect, writes
 from sloth_fx.capture.evaluate import evaluate
 from sloth_fx.capture.host_functions import HostFunction, intercept
 from sloth_fx.capture.proxy import HintProxy, HintTracer, is_proxy
@@ -35,10 +36,8 @@ _FACTORIES = frozenset(
     getattr(torch, name)
     for name in ("arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "tensor", "zeros")
 )
-_IN_PLACE = frozenset(
-    getattr(operator, name)
-    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "iand", "ior", "ixor")
-)
+# What hands the values of a tensor to Python.
+_READING = frozenset({"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"})
 
 
 class Recorder(HintTracer):
@@ -48,6 +47,9 @@ class Recorder(HintTracer):
     that hands them to functions like ``torch.finfo``, which accept no proxy. After :meth:`record`, ``type_steered``
     tells whether a branch or a number was taken from one of them. ``is_leaf`` says which modules below the owner become
     a node when they are called (default: all).
+
+    With ``reads_values``, Python that looks into an argument of whole numbers finds what the example has there, and
+    that becomes part of the graph: it serves only calls in which the tensors of the placeholders ``read`` are equal.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class Recorder(HintTracer):
         *,
         follow_types: bool = True,
         is_leaf: Callable[[nn.Module], bool] = lambda module: True,
+        reads_values: bool = False,
     ) -> None:
         super().__init__(follow_types=follow_types)
         self.owner = owner
         self.is_leaf = is_leaf
-        self.mode = skeleton.mode
+        self.skeleton = skeleton
+        self.reads_values = reads_values
         self.graph = fx.Graph(tracer_cls=Recorder)
         self.root, self.attributes = self._stand_in(owner)
 
@@ -69,7 +73,9 @@ class Recorder(HintTracer):
         proxies = []  # one for each argument, also where two of them are the same tensor now: another time they are not
         for name, tensor in labelled_tensors(self.owner.forward, args, kwargs):
             node = self.graph.placeholder(name)
-            node.meta["hint"] = tensor
+            node.meta["hint"] = tensor if is_fake(tensor) else self.skeleton.fake(tensor)
+            if self.reads_values and not is_fake(tensor):
+                node.meta["value"] = tensor
             proxies.append(self.proxy(node))
         args, kwargs = _substitute((args, kwargs), iter(proxies))
         with _Recording(self), intercept(self._host_function):
@@ -100,10 +106,23 @@ class Recorder(HintTracer):
         return self.create_proxy("call_function", function, args, kwargs)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any) -> Any:
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        if self.reads_values and kind in ("call_method", "call_function") and name in _READING:
+            return self._read(name, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *others, **named)
         if kind == "call_method" and writes(proxy.node) and is_proxy(args[0]):
             args[0].node = proxy.node  # what is done with the tensor from now on is done with the result
         return proxy
+
+    def _read(self, method: str, args: Any, kwargs: Any) -> Any:
+        """What a method that hands values to Python gives, as a constant."""
+
+        def known(each: Any) -> Any:
+            return self.value(each.node) if is_proxy(each) else each
+
+        args, kwargs = tuple(map(known, args)), {name: known(each) for name, each in kwargs.items()}
+        with torch._C.DisableTorchFunction():
+            return getattr(args[0], method)(*args[1:], **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if is_proxy(a):  # it answers isinstance(a, torch.Tensor), so ask this first
@@ -140,7 +159,7 @@ class Recorder(HintTracer):
             node.meta["module"] = self.owner.get_submodule(target)
         if not self.follow_types:
             node.meta["baked_types"] = True
-        node.meta["hint"] = evaluate(node, self.owner, self.mode)
+        node.meta["hint"] = evaluate(node, self.owner, self.skeleton.mode)
         return node
 
 
@@ -177,19 +196,6 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(value, torch.Tensor):
                 yield f"{path}.{name}" if path else name, value
-
-
-def has_effect(node: fx.Node) -> bool:
-    """What dead-code elimination must keep; a child may do more than compute, so its call always stays."""
-    return node.op in ("placeholder", "output", "call_module") or writes(node)
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether ``node`` writes into a tensor that it is given."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.target in _IN_PLACE or (name.endswith("_") and name[-2:] != "__") or "out" in node.kwargs
 
 
 def _substitute(value: Any, proxies: Iterator[Any]) -> Any:

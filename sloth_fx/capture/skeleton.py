@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
 
 from sloth_fx.copying import copy_module
+
+_LARGEST_REAL = 2**16  # elements
 
 
 class Skeleton:
@@ -42,7 +44,10 @@ class Skeleton:
         return nn.Parameter(like, requires_grad=False) if isinstance(tensor, nn.Parameter) else like
 
     def fake_inputs(self, inputs: Any) -> Any:
-        """``inputs`` (nested tuples, lists and dicts) with every tensor made fake: one that occurs twice, once."""
+        """``inputs`` (nested tuples, lists and dicts) with every tensor made fake: one that occurs twice, once.
+
+        Small tensors of whole numbers and masks keep their values: hosts steer by them.
+        """
         return self._fake_inputs(inputs, {})
 
     def _fake_inputs(self, inputs: Any, made: dict[int, torch.Tensor]) -> Any:
@@ -50,7 +55,7 @@ class Skeleton:
             if isinstance(inputs, FakeTensor) and inputs.fake_mode is self.mode:
                 return inputs
             if id(inputs) not in made:
-                made[id(inputs)] = self.fake(inputs)
+                made[id(inputs)] = inputs.detach().to(self.device) if _may_steer(inputs) else self.fake(inputs)
             return made[id(inputs)]
         if isinstance(inputs, (list, tuple)):
             items = [self._fake_inputs(item, made) for item in inputs]
@@ -90,6 +95,11 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(mine)
+
+
+def _may_steer(tensor: torch.Tensor) -> bool:
+    whole = not tensor.is_floating_point() and not tensor.is_complex()
+    return whole and tensor.numel() <= _LARGEST_REAL and not tensor.is_meta and not is_fake(tensor)
 
 
 def _without_hooks(module: nn.Module) -> None:

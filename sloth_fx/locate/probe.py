@@ -46,7 +46,7 @@ class AttentionEvent:
 
     ``query`` and ``key`` are the places of the tokens, (rows of the batch, tokens), ``None`` where nobody knows.
     ``linear`` tells that there is no softmax: keys and values were multiplied first. ``rows`` counts the batch, heads
-    folded in, of one that is spelled out, and may come in parts.
+    folded in, of one that is spelled out, and may come in parts. ``refusal`` says why no operator can work on it.
     """
 
     time: int
@@ -59,6 +59,7 @@ class AttentionEvent:
     key: Places | None
     linear: bool = False
     rows: int = 0
+    refusal: str | None = None
 
 
 class _SeenEnough(BaseException):
@@ -190,6 +191,7 @@ class Probe(TorchFunctionMode):
             shape = [size if letter in "BN" else 1 for letter, size in zip(layout, result.shape, strict=True)]
             set_places(result, spread(tokens.reshape(shape), result.shape))
         self._attention(call.query, call.key)
+        self._stack[-1].attentions[-1].refusal = call.refusal
         return result
 
     def _multihead(

@@ -78,6 +78,7 @@ def locate(
                 query_place=places.of(each.query, again_here.query if again_here is not None else None),
                 key_place=places.of(each.key, again_here.key if again_here is not None else None),
                 on_image=each.on_image,
+                refusal=event.refusal,
             )
         )
     return sites
@@ -166,5 +167,9 @@ def _relevant(values: Any, image: ImageTokens, *, moving: bool = False) -> Any:
     if values is None or image.grid is None:
         return None
     if moving:
-        values = tuple(value if whole else None for value, whole in zip(values, image.whole, strict=True))
+        # Frames that the host folds into the batch are more than the latent's axes tell.
+        alike = [
+            whole and here == all_ for whole, here, all_ in zip(image.whole, image.grid, image.levels, strict=True)
+        ]
+        values = tuple(value if each else None for value, each in zip(values, alike, strict=True))
     return tuple(values if image.grid[0] > 1 else values[1:])

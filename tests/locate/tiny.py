@@ -1,4 +1,4 @@
-"""A denoiser of one attention: everything in front of it is a function, so that each idiom takes one line."""
+"""Denoisers of a few lines; of the first, everything in front of its one attention is a function: a line per idiom."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +33,25 @@ class Denoiser(nn.Module):
 
     def forward(self, sample, text=None):
         return self.way(self, sample, text)
+
+
+class Stack(nn.Module):
+    """Self-attention and cross-attention by turns, at one scale."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.own, self.cross = (nn.ModuleList(Attention() for _ in range(blocks)) for _ in range(2))
+
+    def forward(self, sample, text):
+        x = tokens_of(sample)
+        for own, cross in zip(self.own, self.cross, strict=True):
+            x = cross(own(x), text)
+        return x
+
+
+def tokens_of(x):
+    """(B, C, ...) to (B, N, C)."""
+    return x.flatten(2).mT
 
 
 def sites(way: Callable[..., Any], sample: tuple[int, ...], text: int = 0, **layers: nn.Module) -> list[SiteReport]:
