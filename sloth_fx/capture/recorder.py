@@ -36,6 +36,9 @@ _FACTORIES = frozenset(
     getattr(torch, name)
     for name in ("arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "tensor", "zeros")
 )
+# Where a tensor of the owner lies: a path of attributes, and keys of lists and dicts from there.
+Place = tuple[str | int, ...]
+_DEEPEST = 3
 # What hands the values of a tensor to Python.
 _READING = frozenset({"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"})
 
@@ -85,13 +88,13 @@ class Recorder(HintTracer):
         self.graph.lint()
         return self.graph
 
-    def _stand_in(self, owner: nn.Module) -> tuple[nn.Module, dict[int, str]]:
+    def _stand_in(self, owner: nn.Module) -> tuple[nn.Module, dict[int, Place]]:
         """A copy of ``owner`` over the same tensors whose leaves, when called, become nodes."""
         root = copy_module(owner, lambda tensor: tensor)
         for path, child in root.named_modules():
             if path and self.is_leaf(child):
                 child.forward = self._leaf(path)
-        return root, {id(tensor): name for name, tensor in _named_tensors(root)}
+        return root, {id(tensor): place for place, tensor in _tensors_of(root)}
 
     def _leaf(self, path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -138,12 +141,16 @@ class Recorder(HintTracer):
 
     def attribute(self, tensor: torch.Tensor) -> Any:
         """A parameter, buffer or attribute of the owner, as a node."""
-        name = self.attributes.get(id(tensor))
-        if name is None:
+        found = self.attributes.get(id(tensor))
+        if found is None:
             raise NotImplementedError(
                 f"it uses a tensor of shape {tuple(tensor.shape)} that is no parameter, buffer or attribute of a module"
             )
-        return self.proxy(self.create_node("get_attr", name, (), {}))
+        name, *keys = found
+        proxy = self.proxy(self.create_node("get_attr", name, (), {}))
+        for key in keys:
+            proxy = proxy[key]
+        return proxy
 
     def create_node(
         self,
@@ -190,12 +197,29 @@ class _Recording(TorchFunctionMode):
         return HintProxy.__torch_function__(func, types, args, kwargs)
 
 
-def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers, and tensors that are plain attributes."""
-    for path, module in root.named_modules():
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-            if isinstance(value, torch.Tensor):
-                yield f"{path}.{name}" if path else name, value
+def _tensors_of(root: nn.Module) -> Iterator[tuple[Place, torch.Tensor]]:
+    """Parameters and buffers, and tensors that are plain attributes, or lie in lists and objects that are."""
+    modules = [(f"{path}." if path else "", module) for path, module in root.named_modules()]
+    for prefix, module in modules:
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield from _tensors_in((prefix + name,), value, _DEEPEST)
+    for prefix, module in modules:  # of several names for a tensor, that of a parameter counts
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                yield (prefix + name,), value
+
+
+def _tensors_in(place: Place, value: Any, deep: int) -> Iterator[tuple[Place, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif isinstance(value, (list, tuple, dict)) and deep:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, (str, int)):
+                yield from _tensors_in((*place, key), item, deep - 1)
+    elif len(place) == 1 and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and deep:
+        for name, item in vars(value).items():
+            yield from _tensors_in((f"{place[0]}.{name}",), item, deep - 1)
 
 
 def _substitute(value: Any, proxies: Iterator[Any]) -> Any:

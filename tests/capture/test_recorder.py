@@ -123,9 +123,30 @@ class PlainTensor(Base):
         return self.linear(x) * self.table
 
 
+class Tables:
+    """An object that is no module, with tensors in a list and in a dict of lists."""
+
+    def __init__(self):
+        self.by_axis = [torch.randn(20), torch.randn(20, 6)]
+        self.by_name = {"offsets": [torch.randn(6)]}
+        self.owner = self
+
+
+class TensorsInObjects(Base):
+    def __init__(self):
+        super().__init__()
+        self.tables = Tables()
+        self.pair = (torch.randn(6), self.offset)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1], device=x.device)
+        tables = self.tables.by_axis[1][places] * self.tables.by_axis[0][places, None]
+        return self.linear(x) * tables + self.tables.by_name["offsets"][0] - self.pair[0] * self.pair[1]
+
+
 ANY_SIZE = [
     *(ShapeUnpacking, TracedSizes, InPlace, WritesMethods, Numbers, OwnParametersFirst, Chosen, ChosenByMask, Einops),
-    *(OwnParameters, Arange, PlainTensor),
+    *(OwnParameters, Arange, PlainTensor, TensorsInObjects),
 ]
 
 
