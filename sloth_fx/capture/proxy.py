@@ -91,7 +91,7 @@ class HintProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         hint = self.node.meta["hint"]
-        if name == "_is_param":  # isinstance(x, nn.Parameter)
+        if name in ("_is_param", "_is_buffer"):  # isinstance(x, nn.Parameter)
             return False
         if name.startswith("__"):
             raise AttributeError(name)

@@ -7,6 +7,7 @@ instead of computing, so captures in one thread do not meet models that run in a
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from sloth_fx.capture.call import labelled_tensors
 from sloth_fx.capture.effects import has_effect, writes
 from sloth_fx.capture.evaluate import evaluate
 from sloth_fx.capture.host_functions import HostFunction, intercept
-from sloth_fx.capture.proxy import HintProxy, HintTracer, is_proxy
+from sloth_fx.capture.proxy import HintProxy, HintTracer, TensorProxy, is_proxy
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.capture.torch_private import undispatched
 from sloth_fx.copying import copy_module
@@ -132,6 +133,8 @@ class Recorder(HintTracer):
             return a.node
         if isinstance(a, torch.Tensor):
             return self.attribute(a).node
+        if isinstance(a, slice):  # a tensor that says where to cut hands its value to Python
+            return super().create_arg(slice(*(_as_bound(each) for each in (a.start, a.stop, a.step))))
         if isinstance(a, np.generic):  # its repr is no code that the generated function could run
             return a.item()
         if dataclasses.is_dataclass(a) and not isinstance(a, type):  # what models return
@@ -195,6 +198,10 @@ class _Recording(TorchFunctionMode):
         if func.__name__ == "__get__":  # parameter.dtype, .shape, .device, .ndim
             return getattr(args[0], func.__self__.__name__)
         return HintProxy.__torch_function__(func, types, args, kwargs)
+
+
+def _as_bound(bound: Any) -> Any:
+    return operator.index(bound) if type(bound) is TensorProxy else bound
 
 
 def _tensors_of(root: nn.Module) -> Iterator[tuple[Place, torch.Tensor]]:

@@ -144,9 +144,17 @@ class TensorsInObjects(Base):
         return self.linear(x) * tables + self.tables.by_name["offsets"][0] - self.pair[0] * self.pair[1]
 
 
+class KeepsResults(Base):
+    """Its buffer is computed anew in every call."""
+
+    def forward(self, x):
+        self.offset = self.offset * 0 + torch.arange(x.shape[-1], device=x.device)
+        return self.linear(x) + self.offset
+
+
 ANY_SIZE = [
     *(ShapeUnpacking, TracedSizes, InPlace, WritesMethods, Numbers, OwnParametersFirst, Chosen, ChosenByMask, Einops),
-    *(OwnParameters, Arange, PlainTensor, TensorsInObjects),
+    *(OwnParameters, Arange, PlainTensor, TensorsInObjects, KeepsResults),
 ]
 
 

@@ -67,6 +67,17 @@ class ByArray(Base):
         return self.linear(x) * float(lengths.cpu().numpy().mean()) + lengths.bool().tolist()[0]
 
 
+class BySlice(Base):
+    """Tensors say where to cut, in what is read and in what is written."""
+
+    def forward(self, x, lengths):
+        x = self.linear(x[:, : lengths.max()])
+        seen = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device)
+        for index in range(x.shape[0]):
+            seen[index, : lengths[index]] = 1
+        return x * seen[..., None]
+
+
 class ByRows(Base):
     """How many rows a mask picks."""
 
@@ -85,6 +96,7 @@ CASES = [
     (ByMask, SOME, ALL),
     (ByWritten, LENGTHS[0], torch.tensor([7, 7])),
     (ByArray, *LENGTHS),
+    (BySlice, *LENGTHS),
     (ByRows, ALL, SOME),
     (ByRows, SOME, ALL),
 ]

@@ -173,6 +173,30 @@ def test_masks_are_applied_in_the_hosts_order():
     assert not torch.equal(one_by_one, at_once)
 
 
+class SlicedAndFilled(spellings.Projections):
+    """Two windows at a time; one that sees nothing sees everything alike, because the host's number is finite."""
+
+    def forward(self, x, mask):
+        q, k, v = map(self.heads, self.project(x))
+        seen = (mask.repeat(x.shape[0] // WINDOWS, 1, 1) == 0)[:, None].expand(-1, HEADS, -1, -1)
+        out = torch.zeros_like(q)
+        for start in range(0, q.shape[0], 2):
+            part = slice(start, start + 2)
+            scores = torch.where(seen[part], q[part] @ k[part].transpose(-1, -2) * SCALE, -1e4)
+            out[part] = scores.softmax(-1) @ v[part]
+        return out
+
+
+def test_slices_know_the_hosts_own_mask():
+    module, x, mask = built(SlicedAndFilled)
+    mask[1] = -torch.inf
+    core, function, _ = core_and_mask(module, x, mask)
+    assert core.refusal is None
+    assert core.calls == -(-B * WINDOWS // 2)
+    assert torch.equal(function(module, x, mask), module(x, mask))
+    assert function(module, x, mask)[1].abs().min() > 0
+
+
 def test_another_number_of_windows():
     module, x, mask = built(Windows)
     _, function, _ = core_and_mask(module, x, mask)
