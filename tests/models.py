@@ -151,14 +151,11 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class _Untraceable:
-    """A processor that multiplies by a tensor which belongs to no module."""
-
-    def __init__(self) -> None:
-        self.gain = torch.ones(1)
+    """A processor that maps over the batch with ``torch.vmap``, which takes no proxies."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         query, key, value = (
-            project(hidden_states * self.gain).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            project(torch.vmap(torch.mul, (0, None))(hidden_states, 1.0)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))

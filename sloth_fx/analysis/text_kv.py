@@ -58,8 +58,10 @@ def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
     dependencies = Dependencies(whole.graph)
     reasons: dict[int, str] = {}
     found: dict[int, tuple[fx.Node, fx.Node]] = {}
+    steering = {list(whole.inputs.values())[index] for index in whole.values}  # their values are part of the graph
     for index, core in enumerate(attention_cores(whole.graph)):
         needed = dependencies.placeholders(core.key) | dependencies.placeholders(core.value)
+        needed = needed | steering if needed else needed
         others = needed.difference(placeholders)
         if others:
             reasons[index] = f"keys or values depend on {', '.join(_names(whole, others))}"

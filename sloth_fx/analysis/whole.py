@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from sloth_fx.capture.call import labelled_tensors, read_call
@@ -24,21 +25,28 @@ class WholeGraph:
     """A model's forward as one graph, for one pattern of call.
 
     ``inputs`` are the placeholders by the names of the arguments whose tensors they stand for. ``function(model,
-    *tensors)`` runs the graph. Sizes, dtypes and devices are those of the example wherever they decided a branch.
+    *tensors)`` runs the graph. Sizes, dtypes and devices are those of the example wherever they decided a branch, and
+    ``values`` those of the inputs (by number) that Python has read.
     """
 
     graph: fx.Graph
     function: Callable[..., Any]
     inputs: dict[str, fx.Node]
     pattern: tuple[Any, ...]
+    values: dict[int, torch.Tensor]
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What ``model(*args, **kwargs)`` returns. Raises :class:`SlothError` for another pattern of call."""
+        """What ``model(*args, **kwargs)`` returns. Raises :class:`SlothError` for another pattern of call, or other
+        values of what the model steers by."""
         pattern, tensors = read_call(args, kwargs)
         if pattern != self.pattern:
             raise SlothError(
                 f"the graph of {type(model).__name__} was captured for another kind of call: {self.pattern}"
             )
+        for index, value in self.values.items():
+            if not torch.equal(tensors[index].to(value.device), value):
+                name = list(self.inputs)[index]
+                raise SlothError(f"the graph of {type(model).__name__} was captured for another {name}: {value}")
         return self.function(model, *tensors)
 
 
@@ -69,12 +77,17 @@ def whole_graph(model: nn.Module, *args: Any, canonical: bool = True, **kwargs: 
         function=generate(graph, type(model).__name__),
         inputs=dict(zip(names, placeholders, strict=True)),
         pattern=read_call(args, kwargs)[0],
+        values={
+            index: tensor.clone()
+            for index, (node, tensor) in enumerate(zip(placeholders, read_call(*call)[1], strict=True))
+            if node in recorder.read
+        },
     )
 
 
 def _record(skeleton: Skeleton, call: tuple[Any, Any]) -> Recorder:
     for follow_types in (True, False):
-        recorder = Recorder(skeleton, skeleton.model, follow_types=follow_types, is_leaf=_is_leaf)
+        recorder = Recorder(skeleton, skeleton.model, follow_types=follow_types, is_leaf=_is_leaf, reads_values=True)
         try:
             recorder.record(*call)
             break

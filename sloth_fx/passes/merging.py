@@ -142,7 +142,7 @@ class MergedAttention(nn.Module):
 
     def _metric(self, metric: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         tokens = self.layout.tokens
-        if metric is not None:
+        if metric is not None and metric.shape[0] == query.shape[0]:  # else the host attends to one sample at a time
             return metric if metric.shape[1] == tokens else split_image(metric, self.key_place, tokens, 1)[1]
         keys_too = self.merging.tokens != "q"
         return _line(split_image(key, self.key_place, tokens, 2)[1] if keys_too else query)
