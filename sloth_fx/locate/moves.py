@@ -69,8 +69,15 @@ def _concatenated(tensors: list[torch.Tensor], outputs: list[torch.Tensor], dim:
     parts = [places_or_nowhere(tensor) for tensor in tensors if tensor.numel() > 0]
     channels = dim == len(shape) - 1 or (dim == 1 and len(shape) >= 4)
     if channels and not any(varies(part, dim) for part in parts):
-        return [spread(smallest([collapse(part, dim) for part in parts], (*shape[:dim], 1, *shape[dim + 1 :])), shape)]
+        finest = _finest([collapse(part, dim) for part in parts])
+        return [spread(smallest(finest, (*shape[:dim], 1, *shape[dim + 1 :])), shape)]
     return [concatenate(parts, dim)]
+
+
+def _finest(parts: list[Places]) -> list[Places]:
+    """Of feature maps that meet, those that tell most pixels apart: one that was scaled up tells fewer."""
+    counts = [len(np.unique(narrow(part))) for part in parts] if parts[0].ndim >= 4 else [0] * len(parts)
+    return [part for part, count in zip(parts, counts, strict=True) if count == max(counts)]
 
 
 def _stacked(tensors: list[torch.Tensor], outputs: list[torch.Tensor], dim: int = 0) -> list[Places]:
