@@ -1,6 +1,6 @@
 """Run every benchmark, one after another, and write their tables into docs/benchmarks.md.
 
-    python benchmarks/run_all.py                                 # CPU: under 25 minutes on two quiet cores
+    python benchmarks/run_all.py                                 # CPU: half an hour on two quiet cores
     python benchmarks/run_all.py --device cuda                   # bfloat16, SD1.5 and SDXL, eager and compiled
     python benchmarks/run_all.py --only reduction -- --runs 9    # what follows -- goes to each of them
 
@@ -20,13 +20,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 
-# Per benchmark, on a CPU: what keeps the whole under 25 minutes.
+# Per benchmark, on a CPU: what keeps the whole at half an hour.
 CPU = {
     "transform_time": [],
     "attention": ["--seconds", "40"],
     "overhead": ["--seconds", "90", "--compile"],
     "reduction": ["--seconds", "200"],
     "near_sighted": ["--seconds", "120"],
+    "peers": ["--models", "sd15", "--sizes", "512", "--runs", "5", "--seconds", "150"],
 }
 GPU = {
     "transform_time": [],
@@ -34,6 +35,7 @@ GPU = {
     "overhead": ["--compile", "--runs", "50"],
     "reduction": ["--compile", "blocks", "--runs", "15"],
     "near_sighted": ["--compile", "blocks", "--runs", "15"],
+    "peers": ["--compile", "--runs", "15"],
 }
 
 
