@@ -33,14 +33,15 @@ def transform(
     """A copy of ``model`` that shares its weights and whose attention does what ``spec`` says.
 
     Args:
-        model: a UNet (or any module that computes attention); it is not changed. Not compiled and not yet patched.
+        model: a UNet, a transformer, or any module that computes attention; it is not changed. Not compiled, not yet
+            patched, and whole on one device.
         spec: what to do, or a sequence of such, applied in order: ``SlothfulAttention``, ``NearSightedTile``,
-            ``NearSightedAttention``.
-        example_inputs: arguments for ``model``, a dict (by keyword) or a tuple (by position). Only shapes and dtypes
-            matter. Default: made from the model's config where its class is known; otherwise the first call of the
-            patched model serves.
-        strict: raise when a selected site cannot be rewritten; ``False`` leaves such a site as it was, and the report
-            says why.
+            ``NearSightedAttention``, ``TokenDownsample``, ``HyperTile``, ``TokenMerging``.
+        example_inputs: arguments for ``model``, a dict (by keyword) or a tuple (by position). Shapes and dtypes matter,
+            and the values of masks, lengths and coordinates. Default: made from the model's config where that is
+            possible; otherwise the first call of the patched model serves.
+        strict: raise when a selected site cannot be rewritten; ``False`` leaves such a site as it was. Either way the
+            report says why. Sites whose tokens form no known grid are left alone unless ``where`` selects them.
         phases: quantise the schedules to this many phases (1 or more), so that ``torch.compile`` makes at most as many
             graphs. ``None``: exact in time, and as many graphs as there are distinct sets of strides and tiles.
 
