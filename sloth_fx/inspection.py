@@ -12,7 +12,9 @@ from sloth_fx.errors import SlothError
 from sloth_fx.locate import as_call, survey
 from sloth_fx.model_adapters import adapter_for, trial_call
 from sloth_fx.patch import patch_of
+from sloth_fx.planner import why_left_alone
 from sloth_fx.report import Report, SiteReport
+from sloth_fx.site import AttentionSite
 from sloth_fx.transform import check_module, check_untouched
 
 
@@ -34,7 +36,12 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Report:
     if call is None:
         raise SlothError(f"the inputs of {type(model).__name__} are not known: give example_inputs")
     sites = survey(model, adapter, call).sites
-    return Report(type(model).__name__, tuple(map(SiteReport.of, sites)))
+    return Report(type(model).__name__, tuple(SiteReport.of(site, note=_note(site)) for site in sites))
+
+
+def _note(site: AttentionSite) -> str:
+    """What is worth knowing of a site before anything is done to it."""
+    return why_left_alone(site) if site.kind == "linear" else site.refusal or ""
 
 
 def report(patched: nn.Module) -> Report:

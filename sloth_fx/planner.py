@@ -49,7 +49,7 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
     shallowest = min(spatial, key=lambda site: site.depth)
     deepest = max(site.depth for site in spatial)
     plans = {site.name: SitePlan(site=site, shallowest=shallowest, deepest=deepest) for site in images}
-    notes = {site.name: _left_alone(site) for site in sites if not site.on_image}
+    notes = {site.name: why_left_alone(site) for site in sites if not site.on_image}
     for spec in specs:
         chosen = _selected(spec, sites, images)
         unfit = {site.name: reason for site in chosen if (reason := _unfit(spec, site)) is not None}

@@ -8,7 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sloth_fx
+from sloth_fx import SlothError
 from tests import models
+from tests.zoo.registry import MODELS
 
 FULL_SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 FULL_SDXL = {
@@ -165,3 +167,15 @@ def test_ssd_1b():
         counts(report, "self") == counts(report, "cross") == {("in", 1): 4, ("in", 2): 8, ("out", 2): 18, ("out", 1): 4}
     )
     check_grids(report, (128, 128), 2, text=77)
+
+
+def test_linear_attention_is_reported_as_such():
+    """Sana's: keys times values first, with a row of ones for the sum."""
+    entry = MODELS["SanaTransformer2DModel"]
+    report = sloth_fx.inspect(entry.build(), example_inputs=entry.inputs())
+    assert [site.kind for site in report] == ["linear", "cross"] * 2
+    assert [site.stage for site in report] == ["in", "in", "out", "out"]
+    assert {(site.q_tokens, site.kv_tokens) for site in report if site.kind == "linear"} == {(99, 99)}
+    assert "no softmax" in report.sites[0].note
+    with pytest.raises(SlothError, match=r"none .*linear, cross"):
+        sloth_fx.transform(entry.build(), sloth_fx.SlothfulAttention(), example_inputs=entry.inputs())

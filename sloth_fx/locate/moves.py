@@ -107,6 +107,14 @@ def _padded(tensor: torch.Tensor, outputs: list[torch.Tensor], pad: list[int], v
         axis, (before, after) = places.ndim - 1 - number, pad[2 * number : 2 * number + 2]
         if before < 0 or after < 0:
             places = places[(slice(None),) * axis + (slice(max(0, -before), min(0, after) or None),)]
+        if places.shape[axis] > 1 and places.strides[axis] == 0:  # channels: what is added to them is of the same token
+            longer = (
+                *places.shape[:axis],
+                places.shape[axis] + max(0, before) + max(0, after),
+                *places.shape[axis + 1 :],
+            )
+            places = spread(collapse(places, axis), longer)
+            continue
         first, last = (
             spread(np.array(NOWHERE), (*places.shape[:axis], max(0, extra), *places.shape[axis + 1 :]))
             for extra in (before, after)

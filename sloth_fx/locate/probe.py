@@ -235,9 +235,10 @@ class Probe(TorchFunctionMode):
             self.attentions[-1].rows = len(query)
         self._last_chunk, self._last_key = chunk, (key.storage_offset(), tuple(key.shape))
 
-    def _without_softmax(self) -> None:
+    def _without_softmax(self, keys: torch.Tensor) -> None:
         if not self._inside and not any(event.linear for event in self._stack[-1].attentions):
-            self._add(1, 1, 0, 0, None, None, linear=True)
+            tokens, heads = keys.shape[-2], keys.shape[-3] if keys.ndim >= 4 else 1
+            self._add(heads, keys.shape[-1], tokens, tokens, None, None, linear=True)
 
     def _attention(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Of query (..., N, D) and key (..., M, D)."""

@@ -68,16 +68,16 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows places, and reports attention that is spelled out.
 
     ``on_attention(scores)`` is called where the softmax of a product of two activations is multiplied with a third;
-    ``on_linear()`` where keys and values are multiplied over all tokens, before any query. ``inputs`` are the tensors
-    that have places, by name, the most telling first: where elements of several meet, the first one names the result.
-    Of the first one, the latent, ``packed`` tells which tokens it is.
+    ``on_linear(keys)`` where keys (..., N, D) meet values before any query. ``inputs`` are the tensors that have
+    places, by name, the most telling first: where elements of several meet, the first one names the result. Of the
+    first one, the latent, ``packed`` tells which tokens it is.
     """
 
     def __init__(
         self,
         inputs: Mapping[str, torch.Tensor],
         on_attention: Callable[[Scores], None],
-        on_linear: Callable[[], None],
+        on_linear: Callable[[torch.Tensor], None],
         packed: Packed | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -168,7 +168,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if left is not None and right is not None and varies(left, -1) and varies(right, -2):
             if not varies(left, -2) and not varies(right, -1):
                 if not any(hasattr(tensor, "_sloth_fx_probabilities") for tensor in inputs[-2:]):
-                    self.on_linear()
+                    self.on_linear(inputs[-1])
                 return None
             by_column = varies(right, -1) and not varies(left, -2)
             return spread(collapse(right, -2) if by_column else collapse(left, -1), shape)

@@ -103,10 +103,10 @@ def _stages(probe: Probe, seen: Sequence[_Seen], divisors: Sequence[_Divisors | 
     last = max(probe.skips, default=None)
     if last is not None:
         return ["in" if s.event.time < last[0] else "middle" if s.event.time < last[1] else "out" for s in seen]
-    blocks = list(itertools.accumulate(each.on_image for each in seen))
+    blocks = list(itertools.accumulate(each.on_image or each.kind == "linear" for each in seen))
     if len({scale for scale in map(_scale, divisors) if scale is not None}) > 1:
         return ["in" for _ in seen]
-    return ["in" if max(block - 1, 0) * 2 < blocks[-1] else "out" for block in blocks]
+    return ["in" if max(block - 1, 0) * 2 < max(blocks[-1], 1) else "out" for block in blocks]
 
 
 class _Places:
