@@ -73,7 +73,8 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
     return Plan(tuple(plan for plan in plans.values() if plan.specs), notes)
 
 
-def _left_alone(site: AttentionSite) -> str:
+def why_left_alone(site: AttentionSite) -> str:
+    """Why no operator acts at a site that is not image tokens attending to image tokens."""
     if site.kind == "linear":
         return (
             "linear attention: it has no softmax over the keys and costs the same for each token, so there is nothing "
