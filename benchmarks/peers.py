@@ -199,7 +199,7 @@ def measure(case: Case, mode: str, options: argparse.Namespace, table: Table, ab
     )
     unpatched = ("", UNPATCHED)
     for key in [unpatched, *((operator, by) for operator in options.operators for by in OPERATORS[operator])]:
-        cells = [case.name, str(case.size), mode, *key]
+        cells = [str(case.size), mode, *key]
         if key in missing:
             absent.add(*cells, missing[key])
             continue
@@ -229,18 +229,18 @@ def name(key: tuple[str, str]) -> str:
 
 def main() -> None:
     options = arguments()
-    table = Table(
-        *("model", "pixels", "mode", "operator", "by", "key tokens", "pairs", "ms (p20 to p80)"),
-        *("times unpatched", "peak MB", "difference", "pays", "runs"),
-    )
-    absent = Table("model", "pixels", "mode", "operator", "by", "not there, because")
     for each in options.models:
+        table = Table(
+            *("pixels", "mode", "operator", "by", "key tokens", "pairs", "ms (p20 to p80)", "times unpatched"),
+            *("peak MB", "difference", "pays", "runs"),
+        )
+        absent = Table("pixels", "mode", "operator", "by", "not there, because")
         for size in options.sizes:
             model = denoiser(each, size, options)
             case = Case(each, size, model, arguments_for(each, model, size, options))
             for mode in modes(options):
                 measure(case, mode, options, table, absent)
-    publish(options, "peers", table, *([absent] if len(absent.rows) > 1 else []))
+        publish(options, f"peers {each}", table, *([absent] if len(absent.rows) > 1 else []))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from sloth_fx.capture.host_functions import register_attention_function
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import SlothError
 from sloth_fx.inspection import context, graph, inspect, report
+from sloth_fx.integrations import attach
 from sloth_fx.model_adapters import ModelAdapter, register_adapter
 from sloth_fx.operators import KeyLayout
 from sloth_fx.report import Report
+from sloth_fx.saving import load, save
 from sloth_fx.schedule import Constant, Moment, NoiseSchedule, PeakDecay, StepDecay
 from sloth_fx.serialize import load_spec
 from sloth_fx.site import AttentionSite, LatentSize
@@ -44,13 +46,16 @@ __all__ = [
     "TimestepContext",
     "TokenDownsample",
     "TokenMerging",
+    "attach",
     "context",
     "graph",
     "inspect",
+    "load",
     "load_spec",
     "register_adapter",
     "register_attention_function",
     "report",
+    "save",
     "transform",
     "warmup",
 ]

@@ -115,6 +115,11 @@ class TimestepContext:
     # What it knows
 
     @property
+    def moment(self) -> Moment:
+        """Progress and sigma together."""
+        return self._moment
+
+    @property
     def progress(self) -> float:
         """0 at the start of sampling, 1 at its end."""
         return self._moment.progress

@@ -14,16 +14,23 @@ from sloth_fx.context import TimestepContext
 from sloth_fx.dynamo import get_eval_frame_callback, never_compile, outside_graphs
 from sloth_fx.errors import SlothError
 from sloth_fx.report import Report
+from sloth_fx.spec import Spec
 
 ATTRIBUTE = "_sloth_fx"
 
 
 @dataclass(eq=False)
 class Patch:
-    """``pending`` is a transform that nothing told the inputs of: it happens at the first call, with that call's."""
+    """``specs``, ``strict`` and ``phases`` are what the transform was asked for.
+
+    ``pending`` is a transform that nothing told the inputs of: it happens at the first call, with that call's.
+    """
 
     context: TimestepContext
     report: Report
+    specs: tuple[Spec, ...]
+    strict: bool
+    phases: int | None
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     pending: Callable[[nn.Module, Patch, Call], None] | None = None
     prepare: Callable[..., None] = field(init=False)

@@ -21,6 +21,8 @@ from sloth_fx.planner import make_plan
 from sloth_fx.report import Report, SiteReport
 from sloth_fx.spec import Spec
 
+FIRST_CALL = "first call"
+
 
 def transform(
     model: nn.Module,
@@ -39,7 +41,7 @@ def transform(
             ``NearSightedAttention``, ``TokenDownsample``, ``HyperTile``, ``TokenMerging``.
         example_inputs: arguments for ``model``, a dict (by keyword) or a tuple (by position). Shapes and dtypes matter,
             and the values of masks, lengths and coordinates. Default: made from the model's config where that is
-            possible; otherwise the first call of the patched model serves.
+            possible; otherwise the first call of the patched model serves, as it does for ``"first call"``.
         strict: raise when a selected site cannot be rewritten; ``False`` leaves such a site as it was. Either way the
             report says why. Sites whose tokens form no known grid are left alone unless ``where`` selects them.
         phases: quantise the schedules to this many phases (1 or more), so that ``torch.compile`` makes at most as many
@@ -59,8 +61,12 @@ def transform(
     adapter = adapter_for(model)
     patched = clone(model)
     name = type(model).__name__
-    patch = Patch(TimestepContext(model, adapter, phases), Report(name, (), "located at the first call"))
-    call = as_call(example_inputs) if example_inputs is not None else trial_call(model, adapter)
+    report = Report(name, (), "located at the first call")
+    patch = Patch(TimestepContext(model, adapter, phases), report, request.specs, request.strict, request.phases)
+    if isinstance(example_inputs, str) and example_inputs == FIRST_CALL:
+        call = None
+    else:
+        call = as_call(example_inputs) if example_inputs is not None else trial_call(model, adapter)
     try:
         if call is not None:
             request(patched, patch, call)

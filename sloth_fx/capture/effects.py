@@ -9,7 +9,7 @@ from torch import fx
 _IN_PLACE = frozenset(
     getattr(operator, name)
     for name in ("setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "iand", "ior", "ixor")
-)
+) | {setattr}
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -18,7 +18,7 @@ def has_effect(node: fx.Node) -> bool:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether ``node`` writes into a tensor that it is given."""
+    """Whether ``node`` writes into a tensor or an object that it is given."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -9,24 +9,35 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from sloth_fx.capture.host_functions import HostCall, recognised
+from sloth_fx.capture.call import substitute, unwritten
+from sloth_fx.capture.host_functions import HostCall, not_intercepting, recognised
+from sloth_fx.capture.proxy import is_opaque
 
 
 def evaluate(node: fx.Node, owner: nn.Module, mode: Any) -> Any:
     """The hint of ``node`` from the hints of its inputs (shapes only: nothing is computed)."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["hint"])
-    with torch._C.DisableTorchFunction(), mode, torch.no_grad():
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _lent(n.meta["hint"]))
+    with torch._C.DisableTorchFunction(), mode, torch.no_grad(), not_intercepting():
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(owner)
         if node.op == "call_module":
-            return owner.get_submodule(str(node.target))(*args, **kwargs)
+            with unwritten(args, kwargs, f"its child {node.target} writes"):
+                return owner.get_submodule(str(node.target))(*args, **kwargs)
         entry = recognised(node.target)
         if entry is not None:
             return HostCall.read(entry, args, kwargs).empty()
+        if node.target is setattr:  # the object may be somebody's
+            return None
         try:
-            return _call(node, args, kwargs)
+            with unwritten(tuple(filter(is_opaque, args)), {}, f"{node.target} writes"):
+                return _call(node, args, kwargs)
         except DynamicOutputShapeException:
             return _as_if_all(node, args, kwargs)
+
+
+def _lent(hint: Any) -> Any:
+    """A hint that a leaf may write into."""
+    return substitute(hint, lambda tensor: tensor) if is_opaque(hint) else hint
 
 
 def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 Hosts call attention through functions of their own: a dispatcher over backends, a fused kernel. Traced through, the
 backend that the user chose would be baked in, and kernels fail on tensors without data. So such a function is a leaf.
-The table says how each is called; :func:`intercept` hands its calls to whoever wants to see them.
+The table says how each is called; :func:`intercept` hands its calls to whoever wants to see them, and on request
+those of the few functions of torch that take no proxies.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from types import ModuleType
 from typing import Any
 
 from sloth_fx.capture.host_call import LAYOUTS, HostCall, HostFunction
+from sloth_fx.capture.torch_private import VMAP
 from sloth_fx.errors import SlothError
 
 __all__ = ["HostCall", "HostFunction", "entry_for", "intercept", "recognised", "register_attention_function"]
 
 Function = Callable[..., Any]
 Handler = Callable[[HostFunction, Function, tuple[Any, ...], dict[str, Any]], Any]
+NativeHandler = Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]
 
 # Options of fused kernels with which no operator works, where they are given.
 _REFUSED = {
@@ -35,6 +38,9 @@ _REFUSED = {
     "score_mod": "a function changes its scores",
     "block_mask": "its mask is made of blocks",
 }
+# Modules of torch whose globals are looked at, and functions of torch that hand their tensors to native code.
+_OF_TORCH = frozenset({"torch.nn.attention.flex_attention", VMAP.module})
+_NATIVE = frozenset({"create_block_mask", "create_mask", VMAP.name})
 _TABLE: dict[str, list[HostFunction]] = {}
 _recognised: weakref.WeakKeyDictionary[Any, HostFunction] = weakref.WeakKeyDictionary()
 
@@ -109,20 +115,33 @@ _users = 0
 
 
 @contextmanager
-def intercept(handler: Handler) -> Iterator[None]:
+def intercept(handler: Handler, native: NativeHandler | None = None) -> Iterator[None]:
     """Within, a call of a function in the table calls ``handler(entry, function, args, kwargs)`` instead.
+
+    ``native(function, args, kwargs)`` is called instead of functions of torch that make masks or vectorise others.
 
     That is so on this thread alone. Whatever the handler returns is what the host gets; what the handler itself calls
     is not intercepted. Functions are found as globals of loaded modules. Contexts nest: the innermost handler counts.
     """
-    outer = getattr(_thread, "handler", None)
+    outer = getattr(_thread, "handlers", None)
     _install()
-    _thread.handler = handler
+    _thread.handlers = handler, native
     try:
         yield
     finally:
-        _thread.handler = outer
+        _thread.handlers = outer
         _uninstall()
+
+
+@contextmanager
+def not_intercepting() -> Iterator[None]:
+    """Within, functions in the table are themselves on this thread."""
+    outer = getattr(_thread, "handlers", None)
+    _thread.handlers = None
+    try:
+        yield
+    finally:
+        _thread.handlers = outer
 
 
 def _install() -> None:
@@ -133,7 +152,7 @@ def _install() -> None:
         for module in list(sys.modules.values()):
             for namespace, name, function in _known_globals(module):
                 entry = entry_for(name, function)
-                if entry is not None:
+                if entry is not None or _is_native(name, function):
                     stand_in = stand_ins.setdefault(id(function), _stand_in(entry, function))
                     _installed.append((namespace, name, function, stand_in))
                     namespace[name] = stand_in
@@ -152,32 +171,35 @@ def _uninstall() -> None:
 
 
 def _known_globals(module: Any) -> Iterator[tuple[dict[str, Any], str, Function]]:
-    """The globals of ``module`` that have names of the table. Torch has but one that has to be a leaf."""
+    """The globals of ``module`` that have names of functions that may have to be leaves."""
     if not isinstance(module, ModuleType):
         return
     namespace = vars(module)
     path = str(namespace.get("__name__", ""))
-    if path.startswith("torch.") and path != "torch.nn.attention.flex_attention":
+    if path.startswith("torch.") and path not in _OF_TORCH:
         return
-    for name in _TABLE:
+    for name in (*_TABLE, *_NATIVE):
         function = namespace.get(name)
         if function is not None and not hasattr(function, "sloth_fx_stands_in"):
             yield namespace, name, function
 
 
-def _stand_in(entry: HostFunction, function: Function) -> Function:
-    _recognised[function] = entry
+def _is_native(name: str, function: Any) -> bool:
+    return name in _NATIVE and str(getattr(function, "__module__", "")).startswith("torch.")
+
+
+def _stand_in(entry: HostFunction | None, function: Function) -> Function:
+    if entry is not None:
+        _recognised[function] = entry
 
     @functools.wraps(function)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        handler = getattr(_thread, "handler", None)
-        if handler is None:
+        handlers = getattr(_thread, "handlers", None)
+        if handlers is None or (entry is None and handlers[1] is None):
             return function(*args, **kwargs)
-        _thread.handler = None
-        try:
-            return handler(entry, function, args, kwargs)
-        finally:
-            _thread.handler = handler
+        handler, native = handlers
+        with not_intercepting():
+            return native(function, args, kwargs) if entry is None else handler(entry, function, args, kwargs)
 
     stand_in.sloth_fx_stands_in = True  # type: ignore[attr-defined]
     return stand_in

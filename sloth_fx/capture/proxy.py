@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import fx
 
-from sloth_fx.capture.torch_private import in_vmap
 from sloth_fx.capture.values import behind, value_of
 
 # What a tensor is rather than what it holds: the same for every call that follows the same path through the code.
@@ -87,7 +86,7 @@ class HintProxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         hint = self.hint
-        return type(hint) if isinstance(hint, (bool, float, torch.Size)) else HintProxy
+        return type(hint) if isinstance(hint, (bool, float, torch.Size)) or is_opaque(hint) else HintProxy
 
     def __getattr__(self, name: str) -> Any:
         hint = self.node.meta["hint"]
@@ -97,8 +96,6 @@ class HintProxy(fx.Proxy):
             raise AttributeError(name)
         if isinstance(hint, torch.Tensor):
             if name in _CONCRETE:
-                if name == "dim" and in_vmap(3):
-                    raise NotImplementedError("it uses torch.vmap, which takes real tensors")
                 return getattr(hint, name)
             if name in ("dtype", "device") and not self.tracer.follow_types:
                 return getattr(hint, name)
@@ -106,7 +103,15 @@ class HintProxy(fx.Proxy):
                 return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         elif isinstance(hint, (torch.device, torch.dtype)):
             return getattr(self._decide(), name)
+        elif is_opaque(hint) and not callable(value := getattr(hint, name)):
+            found = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+            return value if value is None or isinstance(value, str) else found
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "node" in self.__dict__ and is_opaque(self.node.meta["hint"]):
+            raise NotImplementedError(f"it sets the {name} of a {type(self.node.meta['hint']).__name__}")
+        super().__setattr__(name, value)
 
     def _decide(self) -> Any:
         return self.tracer.decide(self.node)
@@ -203,6 +208,12 @@ for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
     setattr(HintInt, f"__r{_name}__", _recorded(getattr(operator, _name), reflected=True))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
     setattr(HintInt, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
+def is_opaque(hint: object) -> bool:
+    """Whether ``hint`` is an object whose class alone knows what it is, such as a mask made of blocks."""
+    plain = isinstance(hint, (torch.Tensor, tuple, list, dict)) or callable(hint)
+    return hasattr(hint, "__dict__") and not plain
 
 
 def is_proxy(value: object) -> bool:

@@ -1,12 +1,14 @@
 """Record one module's forward as a ``torch.fx.Graph``, with its children as ``call_module`` leaves.
 
-Nothing of torch is patched meanwhile: the module that runs is a throw-away copy whose children record their own call
-instead of computing, so captures in one thread do not meet models that run in another.
+Nothing of torch is patched meanwhile, but for the few functions that :func:`intercept` stands in for: the module that
+runs is a throw-away copy whose children record their own call instead of computing, so captures in one thread do not
+meet models that run in another.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,10 +21,11 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sloth_fx.capture.call import labelled_tensors
+from sloth_fx.capture.call import Handle, labelled_tensors, substitute, unwritten
 from sloth_fx.capture.effects import has_effect, writes
 from sloth_fx.capture.evaluate import evaluate
 from sloth_fx.capture.host_functions import HostFunction, intercept
+from sloth_fx.capture.objects import Argument, constant, holds, is_function, maker, parts
 from sloth_fx.capture.proxy import HintProxy, HintTracer, TensorProxy, is_proxy
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.capture.torch_private import undispatched
@@ -40,6 +43,8 @@ _FACTORIES = frozenset(
 # Where a tensor of the owner lies: a path of attributes, and keys of lists and dicts from there.
 Place = tuple[str | int, ...]
 _DEEPEST = 3
+# What torch.fx has a spelling for.
+_CONSTANTS = (list, tuple, dict, range, slice, enum.Enum, nn.Module, fx.Proxy, type(None), type(...))
 # What hands the values of a tensor to Python.
 _READING = frozenset({"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"})
 
@@ -70,24 +75,63 @@ class Recorder(HintTracer):
         self.is_leaf = is_leaf
         self.skeleton = skeleton
         self.reads_values = reads_values
+        self.objects: dict[int, Argument] = {}
         self.graph = fx.Graph(tracer_cls=Recorder)
         self.root, self.attributes = self._stand_in(owner)
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
-        proxies = []  # one for each argument, also where two of them are the same tensor now: another time they are not
-        for name, tensor in labelled_tensors(self.owner.forward, args, kwargs):
-            node = self.graph.placeholder(name)
-            node.meta["hint"] = tensor if is_fake(tensor) else self.skeleton.fake(tensor)
-            if self.reads_values and not is_fake(tensor):
-                node.meta["value"] = tensor
-            proxies.append(self.proxy(node))
-        args, kwargs = _substitute((args, kwargs), iter(proxies))
-        with _Recording(self), intercept(self._host_function):
+        args, kwargs = self._placeholders(args, kwargs)
+        with (
+            _Recording(self),
+            intercept(self._host_function, self._native_function),
+            unwritten(args, kwargs, "it writes"),
+        ):
             result = self.root.forward(*args, **kwargs)
+            self._record_writes()
         self.graph.output(self.create_arg(result))
         self.graph.eliminate_dead_code(has_effect)
         self.graph.lint()
         return self.graph
+
+    def _placeholders(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with proxies in place of tensors, and copies of objects that hold proxies."""
+        proxies = []  # one for each argument, also where two of them are the same tensor now: another time they are not
+        objects: dict[int, fx.Node] = {}
+        for name, tensor in labelled_tensors(self.owner.forward, args, kwargs):
+            node = self.graph.placeholder(name)
+            if isinstance(tensor, Handle):
+                node.meta["hint"], objects[id(tensor.value)] = tensor, node
+                continue
+            node.meta["hint"] = tensor if is_fake(tensor) else self.skeleton.fake(tensor)
+            if self.reads_values and not is_fake(tensor):
+                node.meta["value"] = tensor
+            proxies.append(self.proxy(node))
+
+        def copied(value: Any, copy: Any) -> None:
+            state = {} if is_function(copy) else dict(vars(copy))
+            self.objects[id(copy)] = Argument(copy, objects[id(value)], state)
+
+        remaining = iter(proxies)
+        substituted: tuple[Any, Any] = substitute((args, kwargs), lambda tensor: next(remaining), copied)
+        return substituted
+
+    def _record_writes(self) -> None:
+        """What the forward has set of an object that it was given, the graph sets of the object itself."""
+        for each in self.objects.values():
+            written = each.written()
+            for name in written:
+                if name not in vars(each.copy):
+                    raise NotImplementedError(f"it deletes the {name} of a {type(each.copy).__name__}")
+            now = {name: vars(each.copy)[name] for name in written}
+            if written:
+                vars(each.copy).clear()
+                vars(each.copy).update(each.state)
+            for name, value in now.items():
+                node = self._original(each)
+                self.create_node("call_function", setattr, (node, name, self.create_arg(value)), {})
+
+    def _original(self, each: Argument) -> fx.Node:
+        return self.create_node("call_function", getattr, (each.handle, "value"), {})
 
     def _stand_in(self, owner: nn.Module) -> tuple[nn.Module, dict[int, Place]]:
         """A copy of ``owner`` over the same tensors whose leaves, when called, become nodes."""
@@ -107,6 +151,9 @@ class Recorder(HintTracer):
         self, entry: HostFunction, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A host's own attention function is a leaf: the backend that its user chose stays."""
+        return self.create_proxy("call_function", function, args, kwargs)
+
+    def _native_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.create_proxy("call_function", function, args, kwargs)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any) -> Any:
@@ -137,10 +184,25 @@ class Recorder(HintTracer):
             return super().create_arg(slice(*(_as_bound(each) for each in (a.start, a.stop, a.step))))
         if isinstance(a, np.generic):  # its repr is no code that the generated function could run
             return a.item()
+        if id(a) in self.objects:
+            if any(each.written() for each in self.objects.values()):
+                raise NotImplementedError(f"it hands on a {type(a).__name__} after it has written into its arguments")
+            return self._original(self.objects[id(a)])
         if dataclasses.is_dataclass(a) and not isinstance(a, type):  # what models return
             fields = {field.name: getattr(a, field.name) for field in dataclasses.fields(a) if field.init}
             return self.create_node("call_function", type(a), (), self.create_arg(fields))
-        return super().create_arg(a)
+        if a is self.root:
+            raise NotImplementedError("it hands on itself, or a function that closes over itself")
+        return super().create_arg(a) if isinstance(a, (*_CONSTANTS, *fx.node.base_types)) else self._object(a)
+
+    def _object(self, value: Any) -> fx.Node:
+        """An object that a leaf is given: made anew of what it holds, or itself where it holds no tensors."""
+        apart = parts(value) if holds(value) else None
+        if apart is not None:
+            return self.create_node("call_function", maker(value), (), self.create_arg(apart[1]))
+        if holds(value, kinds=(torch.Tensor, nn.Module)):
+            raise NotImplementedError(f"it hands on a {type(value).__name__} that holds a module")
+        return self.create_node("call_function", constant(value), (), {})
 
     def attribute(self, tensor: torch.Tensor) -> Any:
         """A parameter, buffer or attribute of the owner, as a node."""
@@ -227,15 +289,3 @@ def _tensors_in(place: Place, value: Any, deep: int) -> Iterator[tuple[Place, to
     elif len(place) == 1 and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and deep:
         for name, item in vars(value).items():
             yield from _tensors_in((f"{place[0]}.{name}",), item, deep - 1)
-
-
-def _substitute(value: Any, proxies: Iterator[Any]) -> Any:
-    """``value`` with the tensors in it replaced by ``proxies``, in order."""
-    if isinstance(value, torch.Tensor):
-        return next(proxies)
-    if isinstance(value, (list, tuple)):
-        items = [_substitute(item, proxies) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {key: _substitute(item, proxies) for key, item in value.items()}
-    return value

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
 
+from sloth_fx.capture.call import substitute
 from sloth_fx.copying import copy_module
 
 _LARGEST_REAL = 2**16  # elements
@@ -44,25 +45,20 @@ class Skeleton:
         return nn.Parameter(like, requires_grad=False) if isinstance(tensor, nn.Parameter) else like
 
     def fake_inputs(self, inputs: Any) -> Any:
-        """``inputs`` (nested tuples, lists and dicts) with every tensor made fake: one that occurs twice, once.
+        """``inputs`` (nested tuples, lists, dicts, objects) with every tensor made fake: one that occurs twice, once.
 
         Small tensors of whole numbers and masks keep their values: hosts steer by them.
         """
-        return self._fake_inputs(inputs, {})
+        made: dict[int, torch.Tensor] = {}
 
-    def _fake_inputs(self, inputs: Any, made: dict[int, torch.Tensor]) -> Any:
-        if isinstance(inputs, torch.Tensor):
-            if isinstance(inputs, FakeTensor) and inputs.fake_mode is self.mode:
-                return inputs
-            if id(inputs) not in made:
-                made[id(inputs)] = inputs.detach().to(self.device) if _may_steer(inputs) else self.fake(inputs)
-            return made[id(inputs)]
-        if isinstance(inputs, (list, tuple)):
-            items = [self._fake_inputs(item, made) for item in inputs]
-            return type(inputs)(*items) if hasattr(inputs, "_fields") else type(inputs)(items)
-        if isinstance(inputs, dict):
-            return {name: self._fake_inputs(item, made) for name, item in inputs.items()}
-        return inputs
+        def fake(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode:
+                return tensor
+            if id(tensor) not in made:
+                made[id(tensor)] = tensor.detach().to(self.device) if _may_steer(tensor) else self.fake(tensor)
+            return made[id(tensor)]
+
+        return substitute(inputs, fake)
 
     @contextmanager
     def running(self) -> Iterator[None]:

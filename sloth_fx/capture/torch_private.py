@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def in_vmap(frames: int = 2) -> bool:
-    """Whether ``torch.vmap``, which hands its tensors to native code, is ``frames`` calls above."""
-    return sys._getframe(frames).f_globals.get("__name__") == "torch._functorch.vmap"
+class _Global(NamedTuple):
+    module: str
+    name: str
+
+
+# What ``torch.vmap(function)`` calls when it is called: (function, in_dims, out_dims, randomness, chunk, *arguments).
+VMAP = _Global("torch._functorch.apis", "vmap_impl")
 
 
 def undispatched(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -333,9 +333,9 @@ def test_a_hosts_attention_function_is_a_leaf(monkeypatch):
     assert torch.equal(function(module, x), module(x))
 
 
-class UsesVmap(Base):
+class HandsOnItself(Base):
     def forward(self, x):
-        return torch.vmap(lambda row: row * 2)(x)
+        return torch.vmap(lambda row: self.linear(row))(x)
 
 
 class BranchesOnChoice(Base):
@@ -343,7 +343,9 @@ class BranchesOnChoice(Base):
         return x * 2 if torch.nonzero(x).shape[0] > 3 else x
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(UsesVmap, "torch.vmap"), (BranchesOnChoice, "depends on the data")])
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(HandsOnItself, "holds a module"), (BranchesOnChoice, "depends on the data")]
+)
 def test_reasons_are_given(kind, reason):
     with pytest.raises(SlothError, match=f"{kind.__name__} cannot be captured.*{reason}"):
         captured(kind(), (2, 4, 6))

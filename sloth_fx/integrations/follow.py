@@ -1,0 +1,72 @@
+"""Tells the context of an attached model where its pipeline is, before each call."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from sloth_fx.dynamo import never_compile, outside_graphs
+from sloth_fx.integrations.guidance import GroupCounter
+from sloth_fx.integrations.scheduler import SchedulerReader
+from sloth_fx.model_adapters import Arguments, adapter_for
+from sloth_fx.patch import patch_of
+
+
+class Follower:
+    """Drives the context of ``model`` by the scheduler that ``pipe`` has at each call.
+
+    Who drives the context otherwise, with ``at`` or ``step``, keeps it until ``auto()``; so does who sets ``halves``,
+    until it is set back. A copy of the model has a follower of its own, of the same pipeline.
+    """
+
+    def __init__(self, pipe: Any, model: nn.Module) -> None:
+        adapter = adapter_for(model)
+        self._pipe = weakref.ref(pipe)
+        self._context = patch_of(model).context
+        self._arguments = Arguments(model, adapter)
+        self._scheduler = SchedulerReader(adapter)
+        self._groups = GroupCounter(adapter.axes)
+        self._moment = self._context.moment
+        self._halves = self._context.halves
+        self._outside = outside_graphs(_follow)
+        never_compile(Follower.before_forward)
+        # Before the hook of the patch, which sets the operators.
+        self._hook = model.register_forward_pre_hook(self.before_forward, with_kwargs=True, prepend=True)
+
+    def stop(self) -> None:
+        """Leave the model, which may live on in another pipeline, to its own timesteps."""
+        self._hook.remove()
+        if self._drives():
+            self._context.auto()
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook. Inlined into a larger graph it is a break: a graph cannot ask a scheduler."""
+        if not torch.compiler.is_exporting():
+            self._outside(self, args, kwargs)
+
+    def follow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set the context for a call with these arguments."""
+        pipe = self._pipe()
+        context = self._context
+        moment = self._scheduler.moment(getattr(pipe, "scheduler", None), self._arguments.timestep(args, kwargs))
+        if self._drives():
+            if moment is not None:
+                context.at(moment.progress, moment.sigma)
+            elif context.driven:
+                context.auto()
+            self._moment = context.moment
+        if context.halves == self._halves:
+            latent = self._arguments.latent(args, kwargs)
+            self._halves = self._groups.count(pipe, latent, self._scheduler.runs)
+            if context.halves != self._halves:
+                context.halves = self._halves
+
+    def _drives(self) -> bool:
+        return not self._context.driven or self._context.moment is self._moment
+
+
+def _follow(follower: Follower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    follower.follow(args, kwargs)
