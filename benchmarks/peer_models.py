@@ -11,7 +11,7 @@ from common import CONFIGS, TEXT_TOKENS, inputs, unet
 from torch import nn
 
 TRANSFORMERS: Mapping[str, Mapping[str, Any]] = {
-    "pixart": {"num_layers": 28, "caption_channels": 4096},  # PixArt-Alpha and -Sigma; the rest are diffusers' defaults
+    "pixart": {"num_layers": 28, "caption_channels": 4096, "use_additional_conditions": False},  # PixArt-Sigma
     "sd3": {  # SD3-Medium
         "num_layers": 24,
         "num_attention_heads": 24,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ class Patch:
     """``specs``, ``strict`` and ``phases`` are what the transform was asked for.
 
     ``pending`` is a transform that nothing told the inputs of: it happens at the first call, with that call's.
+    ``forward`` is what the model's own attribute of this name held before, if it had one.
     """
 
     context: TimestepContext
@@ -33,6 +35,7 @@ class Patch:
     phases: int | None
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     pending: Callable[[nn.Module, Patch, Call], None] | None = None
+    forward: Callable[..., Any] | None = field(default=None, init=False)
     prepare: Callable[..., None] = field(init=False)
 
     def install(self, model: nn.Module) -> None:
@@ -40,6 +43,8 @@ class Patch:
         never_compile(Patch.before_forward)
         self.prepare = outside_graphs(_prepare)
         setattr(model, ATTRIBUTE, self)
+        if self.pending is not None:
+            self.forward = _call_late(model)
         model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -53,9 +58,27 @@ class Patch:
 
 def _prepare(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
     if patch.pending is not None:
-        patch.pending(model, patch, (args, kwargs))
+        late = model.__dict__.pop("forward", None)
+        if patch.forward is not None:
+            model.forward = patch.forward
+        try:
+            patch.pending(model, patch, (args, kwargs))
+        except BaseException:
+            model.__dict__["forward"] = late
+            raise
         patch.pending = None
     patch.context.observe(model, args, kwargs, compiled=compiled)
+
+
+def _call_late(model: nn.Module) -> Callable[..., Any] | None:
+    """Let the first call look up its forward after the hooks: torch does so before, and the hook exchanges it."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    before: Callable[..., Any] | None = model.__dict__.get("forward")
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    return before
 
 
 def is_patched(module: nn.Module) -> bool:

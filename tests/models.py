@@ -151,11 +151,13 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class _Untraceable:
-    """A processor that maps over the batch with ``torch.vmap``, which takes no proxies."""
+    """A processor that hides its projections in functions for ``torch.vmap``."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         query, key, value = (
-            project(torch.vmap(torch.mul, (0, None))(hidden_states, 1.0)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            torch.vmap(lambda row, project=project: project(row))(hidden_states)
+            .unflatten(2, (attn.heads, -1))
+            .transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         return attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))

@@ -287,7 +287,7 @@ def test_tokens_that_do_not_fit_the_grid():
 def test_a_site_that_cannot_be_captured():
     model = models.sdxl()
     models.blind(model)
-    says(refused(model), models.BLIND, "Attention", "cannot be captured", "torch.vmap")
+    says(refused(model), models.BLIND, "Attention", "cannot be captured", "a function that holds a module")
 
 
 # Context

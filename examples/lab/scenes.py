@@ -1,8 +1,8 @@
 """Scenes of the lab: one or two things on a background, drawn at 64x64, with captions from a small grammar.
 
     caption     thing ["and" thing] ["on" background]
-    thing       "a" [size] [fill] colour shape [place]          a small outlined red circle on the left
-    background  "a" [texture] colour "background"               a striped grey background
+    thing       "a" [size] [fill] colour shape [place]       a small outlined red circle on the left
+    background  "a" [texture] colour "background"            a striped grey background
 
 Everything is drawn from a :class:`numpy.random.Generator`, so that a seed names an endless series of scenes.
 """
@@ -10,7 +10,7 @@ Everything is drawn from a :class:`numpy.random.Generator`, so that a seed names
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -41,7 +41,7 @@ PLACES: Mapping[str, tuple[int, int]] = {  # middle of the thing: x, y
     "in the middle": (32, 32),
 }
 OPPOSITE = (("on the left", "on the right"), ("at the top", "at the bottom"))
-RADII: Mapping[str, tuple[float, float]] = {"small": (5.5, 7.5), "large": (10.0, 13.0)}
+RADII: Mapping[str, tuple[float, float]] = {"small": (6.0, 8.0), "large": (10.0, 13.0)}
 FILLS = ("filled", "outlined")
 TEXTURES = ("plain", "striped", "checkered", "dotted")
 STROKE = 2.6  # pixels, of what is outlined
@@ -97,7 +97,7 @@ def random_scene(random: Generator) -> Scene:
 
 def full_caption(scene: Scene) -> str:
     """All that can be said of a scene."""
-    things = " and ".join(f"a {thing.size} {thing.fill} {thing.label}" for thing in scene.things)
+    things = " and ".join(_phrase([thing.size, thing.fill, thing.label]) for thing in scene.things)
     texture = "" if scene.texture == "plain" else f"{scene.texture} "
     return f"{things} on a {texture}{scene.background} background"
 
@@ -107,12 +107,12 @@ def random_caption(scene: Scene, random: Generator) -> str:
     places = random.random() < 0.95
     things = []
     for thing in scene.things:
-        words = ["a", thing.size if random.random() < 0.6 else "", thing.fill if random.random() < 0.6 else ""]
-        things.append(" ".join(filter(None, [*words, thing.colour, thing.shape, thing.place if places else ""])))
+        words = [thing.size if random.random() < 0.6 else "", thing.fill if random.random() < 0.6 else ""]
+        things.append(_phrase([*words, thing.colour, thing.shape, thing.place if places else ""]))
     caption = " and ".join(things)
     if random.random() < 0.7:
         texture = scene.texture if scene.texture != "plain" and random.random() < 0.8 else ""
-        caption += " on " + " ".join(filter(None, ["a", texture, scene.background, "background"]))
+        caption += " on " + _phrase([texture, scene.background, "background"])
     return caption
 
 
@@ -123,23 +123,21 @@ def random_fragment(scene: Scene, random: Generator) -> str:
         thing.colour,
         thing.shape,
         f"{thing.colour} {thing.shape}",
-        f"a {thing.colour} {thing.shape}",
+        _phrase([thing.colour, thing.shape]),
         thing.fill,
         f"{scene.background} background",
-        f"{scene.texture} background",
+        scene.texture,
         thing.place,
     ]
     return said[random.integers(len(said))]
 
 
-def mirrored(scene: Scene) -> Scene:
-    """Left and right exchanged."""
-    other = {"on the left": "on the right", "on the right": "on the left"}
-    things = (
-        replace(each, place=other.get(each.place, each.place), centre=(SIZE - 1 - each.centre[0], each.centre[1]))
-        for each in scene.things
-    )
-    return replace(scene, things=tuple(things))
+def random_text(scene: Scene, random: Generator) -> str:
+    """What a denoiser is trained with: captions for the most part, but also fragments, and nothing at all."""
+    chance = random.random()
+    if chance < 0.1:
+        return ""
+    return random_fragment(scene, random) if chance < 0.2 else random_caption(scene, random)
 
 
 def draw(scene: Scene) -> NDArray[np.uint8]:
@@ -155,6 +153,11 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
         picture = picture + (np.asarray(COLOURS[thing.colour], np.float32) - picture) * cover
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def _phrase(words: list[str]) -> str:
+    text = " ".join(filter(None, words))
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
 
 def _thing(random: Generator, place: str) -> Thing:
@@ -189,9 +192,6 @@ def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], radius
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.86 * radius
     if shape == "triangle":
-        slopes = np.maximum(0.866 * np.abs(x) - 0.5 * y - 0.5 * radius, y - 0.5 * radius)
-        return slopes
-    arm, reach = 0.34 * radius, radius
-    return np.minimum(
-        np.maximum(np.abs(x) - reach, np.abs(y) - arm), np.maximum(np.abs(y) - reach, np.abs(x) - arm)
-    )
+        return np.maximum(0.866 * np.abs(x) - 0.5 * y - 0.5 * radius, y - 0.5 * radius)
+    arm, u, v = 0.34 * radius, np.abs(x), np.abs(y)
+    return np.minimum(np.maximum(u - radius, v - arm), np.maximum(v - radius, u - arm))

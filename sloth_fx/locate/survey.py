@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, is_fake
 
-from sloth_fx.capture.call import read_call
+from sloth_fx.capture.call import read_call, substitute
 from sloth_fx.capture.capture import Call, fingerprint
 from sloth_fx.capture.skeleton import Rehearsal, Skeleton
 from sloth_fx.errors import RefusedInputsError, SlothError
@@ -174,28 +174,22 @@ def _rehearsed(model: nn.Module, arguments: Arguments, call: Call, packed: Packe
         raise refusal
     device = tensors[0].device if tensors else torch.device("cpu")
 
-    def real(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return torch.zeros_like(value, device=device) if value.is_meta else value.detach().to(device)
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(real, value))
-        return {name: real(item) for name, item in value.items()} if isinstance(value, dict) else value
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
 
-    args, kwargs = real(call)
+    args, kwargs = substitute(call, real)
     return Probe(Rehearsal(model), args, kwargs, _followed(arguments, args, kwargs), packed=packed)
 
 
 def _small_ones_real(skeleton: Skeleton, value: Any) -> Any:
     """Arguments without data, except for small ones: hosts steer by lengths, masks, coordinates, empty embeddings."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() <= _LARGEST_REAL and value.device.type != "meta" and not is_fake(value):
-            return value.detach().to(skeleton.device)
-        return skeleton.fake(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_small_ones_real(skeleton, item) for item in value)
-    if isinstance(value, dict):
-        return {name: _small_ones_real(skeleton, item) for name, item in value.items()}
-    return value
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() <= _LARGEST_REAL and tensor.device.type != "meta" and not is_fake(tensor):
+            return tensor.detach().to(skeleton.device)
+        return skeleton.fake(tensor)
+
+    return substitute(value, convert)
 
 
 def _followed(arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -254,11 +248,11 @@ def _visits(skeleton: Skeleton, probe: Probe) -> dict[str, list[Visit]]:
 
 def _without_data(skeleton: Skeleton, value: Any) -> Any:
     """Arguments of an owner, of which whole numbers and masks keep their values."""
-    if isinstance(value, torch.Tensor):
-        return skeleton.fake_inputs(value) if value.is_floating_point() or value.is_complex() else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_without_data(skeleton, item) for item in value)
-    return {name: _without_data(skeleton, item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        return skeleton.fake_inputs(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+    return substitute(value, convert)
 
 
 def _structure(skeleton: Skeleton, path: str, visits: list[Visit]) -> Hashable:

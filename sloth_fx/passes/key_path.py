@@ -61,10 +61,14 @@ class Path:
     above: fx.Node | None
 
 
-def paths(end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Sizes) -> list[Path]:
+def paths(
+    end: fx.Node, others: Iterable[fx.Node], owner: nn.Module, sizes: Sizes, until: fx.Node | None = None
+) -> list[Path]:
     """Where the tokens may be reduced that become ``end`` and none of ``others``: above the projection, and just before
-    what rotates them. Best first; empty where something on the way is not known to work on each token alone."""
-    shared = {node for other in others for node in behind(other)}
+    what rotates them. Best first; empty where something on the way is not known to work on each token alone.
+
+    What the others take from ``until``, the attention itself, does not count."""
+    shared = {node for other in others for node in behind(other, until)}
     own = {node: None for node in behind(end) if node not in shared}
     sources = projections(end, owner)
     axes, projected = TokenAxes(sizes, sources), ahead(sources)

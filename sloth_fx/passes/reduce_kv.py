@@ -31,7 +31,7 @@ from sloth_fx.passes.core import AttentionCore, attention_cores
 from sloth_fx.passes.key_path import Path, Rotation, is_rotated, paths
 from sloth_fx.passes.reduction import KeyValueReduction
 from sloth_fx.passes.token_axis import Sizes
-from sloth_fx.passes.walk import needed
+from sloth_fx.passes.walk import needed, outcomes
 
 __all__ = ["LEVELS", "KeyValueReduction", "reduce_kv"]
 
@@ -80,7 +80,8 @@ def _path(core: AttentionCore, end: fx.Node, level: int, owner: nn.Module, sizes
     others = [node for node in (core.query, core.key, core.value) if node is not end]
     if end in others or len(others) < 2:
         return None
-    found = paths(end, others, owner, sizes)
+    # The same keys may also serve another attention, or be given out or stored: those are whole.
+    found = paths(end, [*others, *outcomes(core.node.graph)], owner, sizes, until=core.node)
     return found[level] if level < min(len(found), LEVELS - 1) else None
 
 

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sloth_fx.capture.effects import writes
 
-def behind(end: fx.Node) -> dict[fx.Node, None]:
+
+def behind(end: fx.Node, until: fx.Node | None = None) -> dict[fx.Node, None]:
     """``end``, the tensors that it was computed from, and those that were written into them; in order of execution.
 
-    What only told a size is left out.
+    What only told a size is left out, and so is ``until`` with what only it was computed from.
     """
     found: dict[fx.Node, None] = {}
     waiting = [end]
     while waiting:
         node = waiting.pop()
-        if node not in found:
+        if node not in found and node is not until:
             found[node] = None
             waiting.extend(parent for parent in node.all_input_nodes if carries(parent))
             waiting.extend(user for user in node.users if _written(user) is node)
@@ -40,6 +42,16 @@ def ahead(starts: Iterable[fx.Node]) -> dict[fx.Node, None]:
                 written[target] = None
                 waiting.extend(user for user in target.users if node < user)
     return dict.fromkeys(sorted({**found, **written}))
+
+
+def outcomes(graph: fx.Graph) -> list[fx.Node]:
+    """What a graph is run for: its output, and what it writes into objects and tensors that it is given."""
+    return [node for node in graph.nodes if node.op == "output" or (writes(node) and _writes_outside(node))]
+
+
+def _writes_outside(node: fx.Node) -> bool:
+    target = node.args[0] if node.args else None
+    return node.target is setattr or (isinstance(target, fx.Node) and target.op == "placeholder")
 
 
 def needed(ends: Iterable[fx.Node], until: fx.Node | None = None) -> list[fx.Node]:
