@@ -183,6 +183,11 @@ def bind(owner: nn.Module, forward: Callable[..., Any], operators: Mapping[str, 
     setattr(owner, slot, types.MethodType(forward, owner))
 
 
+def is_bound(owner: nn.Module) -> bool:
+    """Whether :func:`bind` has given ``owner`` a forward."""
+    return _ORIGINAL in owner.__dict__
+
+
 def held_objects(owner: nn.Module) -> tuple[tuple[str, type], ...]:
     """The attributes of a module that are objects of the host: no numbers, containers, tensors, modules, functions."""
     return tuple(

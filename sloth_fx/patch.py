@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sloth_fx.bind import is_bound
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.dynamo import get_eval_frame_callback, never_compile, outside_graphs
@@ -25,7 +27,8 @@ class Patch:
     """``specs``, ``strict`` and ``phases`` are what the transform was asked for.
 
     ``pending`` is a transform that nothing told the inputs of: it happens at the first call, with that call's.
-    ``forward`` is what the model's own attribute of this name held before, if it had one.
+    Torch looks the forward of a module up before its hooks run, so that call finds ``stand_in``. It stands in
+    for ``forward``, if the model had one of its own, and calls ``rewritten`` once, if the model itself is an owner.
     """
 
     context: TimestepContext
@@ -36,6 +39,8 @@ class Patch:
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     pending: Callable[[nn.Module, Patch, Call], None] | None = None
     forward: Callable[..., Any] | None = field(default=None, init=False)
+    stand_in: Callable[..., Any] | None = field(default=None, init=False)
+    rewritten: Callable[..., Any] | None = field(default=None, init=False)
     prepare: Callable[..., None] = field(init=False)
 
     def install(self, model: nn.Module) -> None:
@@ -44,7 +49,9 @@ class Patch:
         self.prepare = outside_graphs(_prepare)
         setattr(model, ATTRIBUTE, self)
         if self.pending is not None:
-            self.forward = _call_late(model)
+            self.forward = model.__dict__.get("forward")
+            self.stand_in = _stand_in(model.forward)
+            model.forward = types.MethodType(self.stand_in, model)
         model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -58,27 +65,32 @@ class Patch:
 
 def _prepare(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
     if patch.pending is not None:
-        late = model.__dict__.pop("forward", None)
-        if patch.forward is not None:
-            model.forward = patch.forward
+        found = model.__dict__.get("forward")
+        late = getattr(found, "__func__", None) is patch.stand_in  # else hooks that came meanwhile call it
+        if late:
+            model.__dict__.pop("forward")
+            model.__dict__ |= {"forward": patch.forward} if patch.forward is not None else {}
         try:
             patch.pending(model, patch, (args, kwargs))
         except BaseException:
-            model.__dict__["forward"] = late
+            model.__dict__ |= {"forward": found} if late else {}
             raise
         patch.pending = None
+        if late and is_bound(model):
+            patch.rewritten = model.__dict__["forward"]
     patch.context.observe(model, args, kwargs, compiled=compiled)
 
 
-def _call_late(model: nn.Module) -> Callable[..., Any] | None:
-    """Let the first call look up its forward after the hooks: torch does so before, and the hook exchanges it."""
+def _stand_in(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(getattr(forward, "__func__", forward))
+    def stand_in(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        patch = self.__dict__.get(ATTRIBUTE)
+        call: Callable[..., Any] = functools.partial(type(self).forward, self)
+        if isinstance(patch, Patch):
+            call, patch.rewritten = patch.rewritten or patch.forward or call, None
+        return call(*args, **kwargs)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
-
-    before: Callable[..., Any] | None = model.__dict__.get("forward")
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
-    return before
+    return stand_in
 
 
 def is_patched(module: nn.Module) -> bool:

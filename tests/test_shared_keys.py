@@ -50,7 +50,9 @@ def test_the_other_attention_keeps_its_keys(stage):
     expected, found = list(model(latent)), patched(latent)
     query = model.to_q if stage == "in" else model.to_other
     tokens = model.proj_in(latent).flatten(2).mT
-    query, key, value = (layer(tokens).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (query, model.to_k, model.to_v))
+    query, key, value = (
+        layer(tokens).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (query, model.to_k, model.to_v)
+    )
     scores = query.double() @ every_2nd(key).double().mT / 8**0.5
     reduced = scores.softmax(-1) @ every_2nd(value).double()
     expected[1 if stage == "in" else 2] = reduced.to(latent.dtype)

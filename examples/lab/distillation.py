@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import scenes
@@ -42,12 +43,12 @@ class Student(Denoising):
         with torch.no_grad():
             latents = noise_of(random, (self.batch, 4, 16, 16), self.device)
             said, unsaid = self.encode(texts), self.encode([""] * self.batch)
-            for start, end in zip(times[:now], times[1:], strict=False):
+            for start, end in pairwise(times[: now + 1]):
                 velocity = self.predict(self.denoiser, latents, start, said)
                 latents = self.advance(latents, velocity, start, end)
             goal = latents
             between = self.between(times[now], times[now + 1])
-            for start, end in zip(between[:-1], between[1:], strict=True):
+            for start, end in pairwise(between):
                 with_text, without = (self.predict(self.teacher, goal, start, each) for each in (said, unsaid))
                 goal = self.advance(goal, torch.lerp(without, with_text, self.guidance), start, end)
             target = self.velocity(latents, goal, times[now], times[now + 1])

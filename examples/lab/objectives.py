@@ -39,7 +39,9 @@ _CATEGORIES = [
     ("texture", TEXTURES),
 ]
 _OF_THINGS = 5
-_WORDS = {word: (index, number + 1) for index, (_, words) in enumerate(_CATEGORIES) for number, word in enumerate(words)}
+_WORDS = {
+    word: (index, number + 1) for index, (_, words) in enumerate(_CATEGORIES) for number, word in enumerate(words)
+}
 _STATES = [len(words) + 1 for _, words in _CATEGORIES]
 _HEADS = [*_STATES[:_OF_THINGS], *_STATES]  # the thing before, the present one, the background
 
@@ -94,7 +96,9 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def tokenized(tokenizer, texts: Sequence[str]) -> Tensor:
     length = tokenizer.model_max_length
-    return tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 # Pictures

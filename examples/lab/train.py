@@ -8,8 +8,8 @@
     python examples/lab/train.py unet-student   # lab-unet-student: 4 steps, no guidance
     python examples/lab/train.py dit-student    # lab-dit-student
 
-What is not finished is kept in out/lab/, what is goes to examples/lab/, in half precision. On two CPU cores the first
-three take minutes and the denoisers hours; on a GPU (--device cuda) all are a matter of minutes.
+What is not finished is kept in out/lab/; what is goes to examples/lab/, the denoisers in half precision. On two CPU
+cores the first three take minutes and the denoisers hours; on a GPU (--device cuda) all are a matter of minutes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def vae(batch: int, device: torch.device) -> tuple[Any, Exporter]:
 
 def judge(batch: int, device: torch.device) -> tuple[Any, Exporter]:
     def export(objective: Judging) -> None:
-        objective.networks["judge"].cpu().half().save_pretrained(HERE / "judge")
+        objective.networks["judge"].cpu().save_pretrained(HERE / "judge")
 
     return Judging(models.judge(), batch, device), export
 
@@ -203,42 +203,31 @@ def unet_pipeline(trained: Denoising) -> StableDiffusionPipeline:
     encoder = Encoder(torch.device("cpu"))
     plain = CLIPTextModel(encoder.model.config)
     plain.load_state_dict({key: value for key, value in encoder.model.state_dict().items() if "projection" not in key})
-    return _halved(
-        StableDiffusionPipeline(
-            vae=_vae(),
-            text_encoder=plain,
-            tokenizer=encoder.tokenizer,
-            unet=trained.denoiser.cpu(),
-            scheduler=unet_schedule(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=plain,
+        tokenizer=encoder.tokenizer,
+        unet=nn.Module.half(trained.denoiser.cpu()),
+        scheduler=unet_schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
 def dit_pipeline(trained: Denoising) -> StableDiffusion3Pipeline:
     encoder = Encoder(torch.device("cpu"))
-    return _halved(
-        StableDiffusion3Pipeline(
-            transformer=trained.denoiser.cpu(),
-            scheduler=flow_schedule(),
-            vae=_vae(),
-            text_encoder=encoder.model,
-            tokenizer=encoder.tokenizer,
-            text_encoder_2=encoder.model,
-            tokenizer_2=encoder.tokenizer,
-            text_encoder_3=None,
-            tokenizer_3=None,
-        )
+    return StableDiffusion3Pipeline(
+        transformer=nn.Module.half(trained.denoiser.cpu()),
+        scheduler=flow_schedule(),
+        vae=_vae(),
+        text_encoder=encoder.model,
+        tokenizer=encoder.tokenizer,
+        text_encoder_2=encoder.model,
+        tokenizer_2=encoder.tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
     )
-
-
-def _halved(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.half(part)
-    return pipe
 
 
 COMMANDS: dict[str, Callable[[int, torch.device], tuple[Any, Exporter]]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,5 +121,3 @@ def mean_weights(folder: Path, networks: nn.Module) -> int:
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     networks.load_state_dict(state["mean"])
     return int(state["step"])
-
-

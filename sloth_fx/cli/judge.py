@@ -36,7 +36,7 @@ class Judge:
             raise SlothError(f"{folder} is no judge: a folder with an image classifier (config.json) of transformers")
         auto = import_extra("transformers").AutoModelForImageClassification
         try:
-            self._model = auto.from_pretrained(str(folder), local_files_only=True).eval()
+            self._model = auto.from_pretrained(str(folder), local_files_only=True).float().eval()
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
             raise SlothError(f"{folder} is no judge: {type(error).__name__}: {error}") from error
         names = self._model.config.id2label
