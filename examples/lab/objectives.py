@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SEED = 2026
-DROPPED = 0.1  # how often the text is left out beyond what random_text does
 
 
 def generator(name: str, step: int) -> np.random.Generator:
@@ -116,9 +115,9 @@ class Autoencoder:
     def loss(self, step: int) -> Tensor:
         random = generator(self.name, step)
         images = pictures([scenes.random_scene(random) for _ in range(self.batch)], self.device)
-        noise = noise_of(random, (self.batch, 4, 16, 16), self.device)
         vae = self.networks["vae"]
         posterior = vae.encode(images).latent_dist
+        noise = noise_of(random, posterior.mean.shape, self.device)
         found = vae.decode(posterior.mean + posterior.std * noise).sample
         difference = found - images
         slopes = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -73,7 +74,8 @@ def main() -> None:
     steps, batch, rate = PLANS[options.network]
     objective, export = COMMANDS[options.network](batch, options.device)
     folder = PARTS / options.network
-    loop = Loop(folder, options.steps or steps, rate)
+    steps = options.steps or steps
+    loop = Loop(folder, steps, rate)
     if not options.export and not loop.run(objective, minutes=options.minutes, name=options.network):
         print("stopped; the same command goes on")
         return
@@ -111,8 +113,6 @@ def text(batch: int, device: torch.device) -> tuple[Any, Exporter]:
 def vae(batch: int, device: torch.device) -> tuple[Any, Exporter]:
     def export(objective: Autoencoder) -> None:
         trained = objective.networks["vae"]
-        import numpy as np
-
         random = np.random.default_rng(0)
         with torch.no_grad():
             images = pictures([random_scene(random) for _ in range(512)], device)
