@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,10 +54,10 @@ class Counter(TorchDispatchMode):
 
 
 def count_keys(model: nn.Module, run: Callable[[], Any], sites: Sequence[SiteReport], batch: int) -> Keys:
-    """Run ``model`` once, by ``run``, and count."""
+    """Run ``model`` once, by ``run``, without computing anything, and count."""
     counter = Counter(model, [site.path for site in sites])
     try:
-        with counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), counter:
             run()
     finally:
         for handle in counter.handles:

@@ -84,7 +84,7 @@ class VelocityStudent(Student):
         return [*map(float, self.scheduler.timesteps), -1.0]
 
     def predict(self, model: nn.Module, latents: Tensor, time: float, text: Any) -> Tensor:
-        return model(latents, torch.full((len(latents),), round(time), device=self.device), text).sample
+        return model(latents, torch.full((len(latents),), round(time), device=self.device), text).sample.float()
 
     def _parts(self, time: float) -> tuple[Tensor, Tensor]:
         index = round(time)
@@ -117,7 +117,9 @@ class FlowStudent(Student):
 
     def predict(self, model: nn.Module, latents: Tensor, time: float, text: Any) -> Tensor:
         states, pooled = text
-        return model(latents, states, pooled, torch.full((len(latents),), 1000 * time, device=self.device)).sample
+        return model(
+            latents, states, pooled, torch.full((len(latents),), 1000 * time, device=self.device)
+        ).sample.float()
 
     def advance(self, latents: Tensor, velocity: Tensor, start: float, end: float) -> Tensor:
         return latents + (end - start) * velocity

@@ -27,8 +27,8 @@ class Objective(Protocol):
 
 @dataclass
 class Loop:
-    """``steps`` of AdamW, with warm-up, a constant rate, and a linear decay over the last fifth; and the mean of the
-    weights over the last steps, which is what the training is for.
+    """``steps`` of AdamW, in bfloat16 where autocast sees to it, with warm-up, a constant rate, and a linear decay over
+    the last fifth; and the mean of the weights over the last steps, which is what the training is for.
 
     Everything is kept in ``folder``: ``state.pt``, from which another run goes on, and ``log.json``.
     """
@@ -53,13 +53,15 @@ class Loop:
             betas=(0.9, 0.98),
         )
         first = self._resume(networks, optimizer, mean)
+        device = next(networks.parameters()).device.type
         began = saved = time.monotonic()
         losses: list[float] = []
         with tqdm(total=self.steps, initial=first, desc=name, unit="step", smoothing=0.02) as bar:
             for step in range(first, self.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = self.learning_rate * self._share(step)
-                loss = objective.loss(step)
+                with torch.autocast(device, torch.bfloat16):
+                    loss = objective.loss(step)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
