@@ -220,7 +220,7 @@ class _Case:
             return Outcome(NOT_APPLICABLE, "no graph of the whole model")
         text = Arguments(self.model, adapter_for(self.model)).text((), self.inputs).values()
         labelled = labelled_tensors(self.model.forward, (), self.inputs)
-        names = [name for name, tensor in labelled if any(tensor is each for each in text)]
+        names = [name for name, tensor in labelled if any(tensor is each for each in text) or "mask" in name]
         if not names:
             return Outcome(NOT_APPLICABLE, "no text among its inputs")
         to_text = [i for i, site in enumerate(self.attentions) if site.kind == "cross" and site.text is not None]

@@ -3,6 +3,7 @@
 from sloth_fx.capture.host_functions import register_attention_function
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import SlothError
+from sloth_fx.guidance_specs import NAG, Sigma
 from sloth_fx.inspection import context, graph, inspect, report
 from sloth_fx.integrations import attach
 from sloth_fx.model_adapters import ModelAdapter, register_adapter
@@ -27,6 +28,7 @@ from sloth_fx.warmup import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "NAG",
     "AttentionSite",
     "Constant",
     "HyperTile",
@@ -40,6 +42,7 @@ __all__ = [
     "PeakDecay",
     "Reduction",
     "Report",
+    "Sigma",
     "SlothError",
     "SlothfulAttention",
     "StepDecay",

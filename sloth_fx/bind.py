@@ -96,7 +96,11 @@ class Variant:
     def idle(self, owner: nn.Module) -> bool:
         """Whether the host's own forward does the same, and to the bit."""
         names = self.neutral_is_original
-        return bool(names) and all(owner._modules[name].layout.neutral for name in names)  # type: ignore[union-attr]
+        return bool(names) and all(_idle(owner._modules[name].layout) for name in names)  # type: ignore[union-attr]
+
+
+def _idle(layout: Any) -> bool:
+    return layout.neutral and not layout.guided
 
 
 def _equal(tensor: Tensor, value: Tensor) -> bool:

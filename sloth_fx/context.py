@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
+from sloth_fx.conditioning import Conditioning
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments, ModelAdapter
+from sloth_fx.negative import Guide, Negative
 from sloth_fx.operators import KeyLayout
 from sloth_fx.phases import Phases
 from sloth_fx.plan import SitePlan, clocks
@@ -43,7 +45,9 @@ class TimestepContext:
     It belongs to one patched model, and a deep copy of that model has a context of its own.
     """
 
-    def __init__(self, model: nn.Module, adapter: ModelAdapter, phases: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: ModelAdapter, phases: int | None, *, expects_negative: bool = False
+    ) -> None:
         self._adapter = adapter
         self._arguments = Arguments(model, adapter)
         self._own_noise = self._noise = adapter.noise
@@ -58,7 +62,7 @@ class TimestepContext:
         self._given: LatentSize | None = None
         self._shape: tuple[int, ...] = ()
         self._around: tuple[int, int] | None = None
-        self._halves = 1
+        self._conditioning = Conditioning(expects_negative)
         self._applied: tuple[Any, ...] | None = None
         self._current: Layouts = ()
         self._sets: dict[Layouts, int] = {}
@@ -103,14 +107,40 @@ class TimestepContext:
         """How many groups of different conditioning the batch holds, one after another (2: unconditional and
         conditional, as pipelines with classifier-free guidance stack them). Images attend to each other
         (``concat_local``, ``concat_global``) within their group only. Default 1."""
-        return self._halves
+        return self._conditioning.groups
 
     @halves.setter
     def halves(self, halves: int) -> None:
-        if (count := _integer(halves)) is None or count < 1:
-            raise SlothError(f"halves={halves!r}: the number of conditioning groups in the batch, 1 or more")
-        self._halves = count
+        self._conditioning.count_groups(halves)
         self._apply()
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What each group of the batch is, one after another: "cond" is guided, others, such as "uncond", are not.
+        Setting it sets :attr:`halves` as well. Default: ("cond",)."""
+        return self._conditioning.names
+
+    @rows.setter
+    def rows(self, rows: Sequence[str]) -> None:
+        self._conditioning.name_groups(rows)
+        self._apply()
+
+    def set_negative(self, **arguments: Any) -> None:
+        """The negative text of NAG, by the model's own names of arguments: ``set_negative(encoder_hidden_states=...)``.
+
+        An argument is what it is in a call of the model: embeddings (rows, tokens, channels), masks, pooled embeddings;
+        with one row for all images, or one for each. In cross-attention the number of tokens may be another than that
+        of the text. What is not given (pooled embeddings, sizes) is as in each call. Call it again when weights that
+        the text passes have changed.
+
+        Raises :class:`SlothError` where nothing guides, and for names that the model does not take. Shapes are checked
+        against those of the next call.
+        """
+        self._conditioning.set_negative(arguments, self._arguments)
+
+    def take_negative(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """As :meth:`set_negative`, of tensors by the labels that they have in a call."""
+        self._conditioning.negative = Negative({}, tensors)
 
     # What it knows
 
@@ -181,6 +211,14 @@ class TimestepContext:
 
     # How it acts
 
+    def guided_by(self, guide: Guide) -> None:
+        """Let ``guide`` bring the negative text into the model."""
+        self._conditioning.guide = guide
+
+    @property
+    def _guides(self) -> bool:
+        return self._conditioning.guide is not None and any(layout.guided for layout in self._current)
+
     def attach(self, plan: SitePlan, operators: list[Operator]) -> None:
         """Take charge of the ``operators`` of one site."""
         self._plans.append(plan)
@@ -218,6 +256,8 @@ class TimestepContext:
         """Whether the operators are set for a call with these arguments; it can be asked within a graph."""
         if self._latent is None or not (self._driven or not self._clocks):
             return False
+        if self._guides:
+            return False  # whether the negative text is at hand cannot be told within a graph
         if self._adapter.ids is not None:  # values, which a graph does not have
             return tuple(self._arguments.latent(args, kwargs).shape[1:]) == self._shape
         return (self._arguments.size(args, kwargs) or self._given) == self._latent
@@ -250,6 +290,8 @@ class TimestepContext:
                 self._follow(args, kwargs)
         self._check(self._moment)
         self._apply()
+        if self._guides:
+            self._conditioning.bring_negative(model, (args, kwargs), self._arguments)
         self._warn_of_recompiles(model, compiled)
 
     def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -272,7 +314,8 @@ class TimestepContext:
     def _apply(self) -> None:
         if self._latent is None or self._lacks_sigma(self._moment):
             return  # the next call of the model brings the one, and raises for want of the other
-        state = (self._moment, self._latent, self._halves)
+        halves, rows = self._conditioning.groups, self._conditioning.rows
+        state = (self._moment, self._latent, halves, rows)
         changed = state != self._applied
         if changed:
             self._current = self.layouts()
@@ -281,7 +324,9 @@ class TimestepContext:
         for plan, layout, operators in zip(self._plans, self._current, self._operators, strict=True):
             for operator in operators:
                 if changed or operator.layout is not layout:  # torch.export puts attributes of modules back
-                    operator.set_layout(layout, self._halves)
+                    operator.set_layout(layout, halves)
+                if changed and hasattr(operator, "set_rows"):
+                    operator.set_rows(rows)
                 if changed and plan.merging is not None and hasattr(operator, "set_seed"):
                     operator.set_seed(plan.seed(self._moment))
 

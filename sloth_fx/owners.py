@@ -14,6 +14,7 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
 from sloth_fx.operators import KeyLayout
+from sloth_fx.passes.guide import GuidedAttention, GuidedResult, SharedImage
 from sloth_fx.passes.merge_tokens import MergedAttention
 from sloth_fx.passes.reduce_kv import KeyValueReduction
 from sloth_fx.passes.tile_queries import TiledAttention
@@ -21,7 +22,7 @@ from sloth_fx.plan import SitePlan
 from sloth_fx.rewrite import Rewritten, merged_attention, merging_of, operator_name, rewrite
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
-Operator = KeyValueReduction | TiledAttention | MergedAttention
+Operator = KeyValueReduction | TiledAttention | MergedAttention | GuidedAttention | SharedImage | GuidedResult
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ class OwnerRewriter:
 def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str, Operator]:
     """The operator modules of one site, by the names under which the rewritten graph calls them."""
     site, grid = plan.site, plan.site.grid
-    assert grid is not None
-    neutral = KeyLayout((grid[-2], grid[-1]), frames=grid[0] if len(grid) > 2 else 1)
-    operators: dict[str, Operator] = {}
+    neutral = KeyLayout((1, site.q_tokens))
+    if grid is not None:
+        neutral = KeyLayout((grid[-2], grid[-1]), frames=grid[0] if len(grid) > 2 else 1)
+    operators: dict[str, Operator] = _guides(rewritten, plan, visit, neutral)
     if plan.reduces:
         name = operator_name("reduce", site.core, visit)
         operators[name] = KeyValueReduction(site.name, plan.pooling, neutral, site.key_place)
@@ -130,9 +132,30 @@ def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str
     return operators
 
 
+def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout) -> dict[str, Operator]:
+    """The operators by which a negative text guides a site."""
+    site, core = plan.site, plan.site.core
+    name, folded_heads = operator_name("guide", core, visit), rewritten.folded_heads[core]
+    if plan.branching is not None:
+        share = SharedImage(
+            site.name,
+            neutral,
+            query_place=site.query_place,
+            key_place=site.key_place if site.on_image else None,
+            border=plan.pooling.border,
+        )
+        result = GuidedResult(site.name, plan.guiding, neutral, query_place=site.query_place, folded_heads=folded_heads)
+        return {operator_name("share", core, visit): share, name: result}
+    if plan.guiding is not None:
+        attend = rewritten.attend[core]
+        return {name: GuidedAttention(site.name, attend, plan.guiding, neutral, folded_heads=folded_heads)}
+    return {}
+
+
 def _deeds(plan: SitePlan) -> tuple[Any, ...]:
     """What of a plan is part of the graph."""
-    return plan.reduces, plan.tiling is not None, plan.merging is not None and plan.merged_tokens
+    merged = plan.merging is not None and plan.merged_tokens
+    return plan.reduces, plan.tiling is not None, merged, plan.guiding is not None, plan.branching is not None
 
 
 def _per_sample(visit: PlannedVisit) -> bool:
@@ -143,7 +166,7 @@ def _per_sample(visit: PlannedVisit) -> bool:
 
 def _same_work(plan: SitePlan, other: SitePlan) -> bool:
     return (
-        plan.specs == other.specs
+        (plan.specs, plan.branching) == (other.specs, other.branching)
         and (plan.site.grid, plan.site.divisors) == (other.site.grid, other.site.divisors)
         and (plan.site.query_place, plan.site.key_place) == (other.site.query_place, other.site.key_place)
     )
@@ -152,7 +175,9 @@ def _same_work(plan: SitePlan, other: SitePlan) -> bool:
 def _operators(plan: SitePlan) -> list[str]:
     """The deeds of the operators of a plan; in tiles, queries are merged by what tiles them."""
     tiles = plan.tiling is not None
-    given = {"reduce": plan.reduces, "tile": tiles, "merge": plan.merging is not None and not tiles}
+    guides = plan.guiding is not None or plan.branching is not None
+    merges = plan.merging is not None and not tiles
+    given = {"reduce": plan.reduces, "tile": tiles, "merge": merges, "guide": guides}
     return [deed for deed, there in given.items() if there]
 
 

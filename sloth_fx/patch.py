@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from sloth_fx.bind import is_bound
+from sloth_fx.branches import is_branched
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.dynamo import get_eval_frame_callback, never_compile, outside_graphs
@@ -76,7 +77,7 @@ def _prepare(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: b
             model.__dict__ |= {"forward": found} if late else {}
             raise
         patch.pending = None
-        if late and is_bound(model):
+        if late and (is_bound(model) or is_branched(model)):
             patch.rewritten = model.__dict__["forward"]
     patch.context.observe(model, args, kwargs, compiled=compiled)
 

@@ -13,6 +13,7 @@ from sloth_fx.operators.tiling import tile_size
 from sloth_fx.schedule import Moment, StepDecay, ratio_at
 from sloth_fx.site import AttentionSite, LatentSize
 from sloth_fx.spec import (
+    NAG,
     HyperTile,
     NearSightedAttention,
     NearSightedTile,
@@ -34,8 +35,10 @@ class SitePlan:
 
     ``reducing`` says how its keys and values are pooled, ``downsampling`` how they are thinned out besides, ``tiling``
     how its queries are tiled and ``merging`` how tokens are merged; one NearSightedAttention may be the first and the
-    third, and SlothfulAttention with NearSightedTile pools the keys within each tile. ``shallowest`` is the site
-    against which depth is measured, ``deepest`` the greatest depth of the model.
+    third, and SlothfulAttention with NearSightedTile pools the keys within each tile. ``guiding`` says how a negative
+    text guides what is read; where ``branching`` is given, that text has rows of its own in the batch, which pass all
+    sites, guided or not. ``shallowest`` is the site against which depth is measured, ``deepest`` the greatest depth of
+    the model.
     """
 
     site: AttentionSite
@@ -45,11 +48,13 @@ class SitePlan:
     downsampling: TokenDownsample | None = None
     tiling: Tiling | None = None
     merging: TokenMerging | None = None
+    guiding: NAG | None = None
+    branching: NAG | None = None
 
     @property
     def specs(self) -> tuple[Spec, ...]:
         """The specs at work, each once."""
-        given = (self.reducing, self.downsampling, self.tiling, self.merging)
+        given = (self.reducing, self.downsampling, self.tiling, self.merging, self.guiding)
         return tuple({id(spec): spec for spec in given if spec is not None}.values())
 
     @property
@@ -76,8 +81,15 @@ class SitePlan:
         return "q" if self.reduces or self.tiling is not None else self.merging.tokens
 
     def layout(self, moment: Moment, latent: LatentSize) -> KeyLayout:
-        """Windows, tiles and samples at ``moment``, for a latent of size ``latent``."""
+        """Windows, tiles and samples at ``moment``, for a latent of size ``latent``, and whether a text guides."""
+        guides = self.branching or self.guiding
+        layout = self._keys(moment, latent)
+        return layout._replace(guided=True) if guides is not None and guides.acts(moment) else layout
+
+    def _keys(self, moment: Moment, latent: LatentSize) -> KeyLayout:
         whole = self.site.grid_at(latent)
+        if whole is None and self.needs_no_grid:
+            return KeyLayout((1, self.site.q_tokens))
         if whole is None:
             raise SlothError(f"{self.site.name}: the grid of its {self.site.q_tokens} tokens is not known")
         frames, *area = (1, *whole)[-3:]
@@ -107,6 +119,11 @@ class SitePlan:
             samples=along(max(1.0, stride) * tiles / ratio, grid),
             sample_window=self._thinned(along(stride, grid) if stride > 1 else (1, 1), grid, flat),
         )
+
+    @property
+    def needs_no_grid(self) -> bool:
+        """Whether all that is done here is the same for tokens in any order."""
+        return not self.reduces and self.tiling is None and self.merging is None
 
     @property
     def level(self) -> int:
@@ -194,6 +211,7 @@ def clocks(plans: Iterable[SitePlan]) -> set[str]:
     found: set[str] = set()
     for plan in plans:
         for spec in plan.specs:
+            found.update(spec.clocks if isinstance(spec, NAG) else ())
             clock = getattr(getattr(spec, "schedule", None), "clock", None)
             drawn = getattr(spec, "pad", None) == "random" or (isinstance(spec, HyperTile) and spec.swap_size > 1)
             found.update({clock} if clock is not None else ())

@@ -10,6 +10,7 @@ from sloth_fx.errors import SlothError
 from sloth_fx.plan import Plan, SitePlan, level_of
 from sloth_fx.site import AttentionSite
 from sloth_fx.spec import (
+    NAG,
     HyperTile,
     NearSightedAttention,
     NearSightedTile,
@@ -28,8 +29,15 @@ _ROLES: dict[type[Spec], tuple[str, ...]] = {
     HyperTile: ("tiling",),
     TokenDownsample: ("downsampling",),
     TokenMerging: ("merging",),
+    NAG: ("guiding",),
 }
-_DEEDS = {"reducing": "reduce the keys of", "tiling": "tile", "downsampling": "thin out", "merging": "merge tokens of"}
+_DEEDS = {
+    "reducing": "reduce the keys of",
+    "tiling": "tile",
+    "downsampling": "thin out",
+    "merging": "merge tokens of",
+    "guiding": "guide",
+}
 
 
 def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: bool = True) -> Plan:
@@ -39,19 +47,25 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
     a selector names and whose grid is not known.
     """
     images = [site for site in sites if site.on_image]
-    if not images:
-        kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
+    readers = [site for site in sites if reads_text(site)]
+    if not images and any(not isinstance(spec, NAG) for spec in specs):
         raise SlothError(
             f"these operators need softmax self-attention or joint attention of image tokens, and this model has none "
-            f"(it has: {kinds})"
+            f"(it has: {_kinds(sites)})"
         )
-    spatial = [site for site in images if site.kind != "temporal"] or images
+    if not readers and any(isinstance(spec, NAG) for spec in specs):
+        raise SlothError(
+            "NAG needs cross-attention or joint attention of image tokens to text, and this model has none (it has: "
+            f"{_kinds(sites)})"
+        )
+    spatial = [site for site in images if site.kind != "temporal"] or images or readers
     shallowest = min(spatial, key=lambda site: site.depth)
     deepest = max(site.depth for site in spatial)
-    plans = {site.name: SitePlan(site=site, shallowest=shallowest, deepest=deepest) for site in images}
+    fit = {site.name: site for site in sites if site in images or site in readers}
+    plans = {name: SitePlan(site=site, shallowest=shallowest, deepest=deepest) for name, site in fit.items()}
     notes = {site.name: why_left_alone(site) for site in sites if not site.on_image}
     for spec in specs:
-        chosen = _selected(spec, sites, images)
+        chosen = _selected(spec, sites, readers if isinstance(spec, NAG) else images)
         unfit = {site.name: reason for site in chosen if (reason := _unfit(spec, site)) is not None}
         if len(unfit) == len(chosen):
             raise SlothError(
@@ -59,7 +73,7 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
             )
         if strict and spec.where is not None:
             for site in chosen:
-                if site.grid is None:
+                if site.name in unfit and site.grid is None:
                     raise SlothError(f"{site.name}: {unfit[site.name]}; select others with where=, or strict=False")
         for site in chosen:
             if site.name not in unfit:
@@ -69,8 +83,19 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
         if plan.specs:
             notes.pop(name, None)
         else:
-            notes.setdefault(name, "not selected by where")
+            acts = any(acts_on(spec, plan.site) for spec in specs)
+            notes.setdefault(name, "not selected by where" if acts else f"{plan.site.kind}-attention")
     return Plan(tuple(plan for plan in plans.values() if plan.specs), notes)
+
+
+def acts_on(spec: Spec, site: AttentionSite) -> bool:
+    """Whether a spec acts on what a site does, unless ``where`` leaves it out."""
+    return reads_text(site) if isinstance(spec, NAG) else site.on_image
+
+
+def reads_text(site: AttentionSite) -> bool:
+    """Whether image tokens attend to text here."""
+    return site.kind in ("cross", "joint") and site.text is not None
 
 
 def why_left_alone(site: AttentionSite) -> str:
@@ -91,10 +116,14 @@ def _selected(spec: Spec, sites: Sequence[AttentionSite], images: list[Attention
         return chosen
     others = [site for site in sites if matches(spec.where, site)]
     if others:
+        acts_on = (
+            "cross-attention and joint attention to text"
+            if isinstance(spec, NAG)
+            else "self-attention and joint attention of image tokens"
+        )
         raise SlothError(
-            f"{type(spec).__name__} acts on self-attention and joint attention of image tokens, and where="
-            f"{spec.where!r} selects none: {_few(site.name for site in others)} are "
-            f"{', '.join(dict.fromkeys(site.kind for site in others))}-attention"
+            f"{type(spec).__name__} acts on {acts_on}, and where={spec.where!r} selects none: "
+            f"{_few(site.name for site in others)} are {_kinds(others)}-attention"
         )
     raise SlothError(
         f"{type(spec).__name__}: where={spec.where!r} matches no site; nearest: {_few(nearest(spec.where, images))}"
@@ -106,6 +135,8 @@ def _unfit(spec: Spec, site: AttentionSite) -> str | None:
     name = type(spec).__name__
     if site.refusal is not None:
         return site.refusal
+    if isinstance(spec, NAG):
+        return None
     if site.grid is None:
         return f"{name} needs rows and columns, and the grid of its {site.q_tokens} tokens is unknown"
     if isinstance(spec, (SlothfulAttention, NearSightedAttention)):
@@ -142,6 +173,10 @@ def _with(plan: SitePlan, spec: Spec) -> SitePlan:
         filled: dict[str, Any] = {role: spec}
         plan = replace(plan, **filled)
     return plan
+
+
+def _kinds(sites: Iterable[AttentionSite]) -> str:
+    return ", ".join(dict.fromkeys(site.kind for site in sites))
 
 
 def _few(names: Iterable[str], limit: int = 4) -> str:

@@ -18,6 +18,7 @@ from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import Attend, AttentionCore, attention_cores
+from sloth_fx.passes.guide import branch, guide
 from sloth_fx.passes.merge_tokens import MergedAttention, Merging, merge_tokens, rotates
 from sloth_fx.passes.reduce_kv import LEVELS, KeyValueReduction, reduce_kv
 from sloth_fx.passes.simplify import simplify
@@ -95,12 +96,17 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
     keys = core.key.meta["hint"].shape[-2]
     tokens = keys if site.key_place.alone or site.grid is None else math.prod(site.grid)
     rotated = plan.merging is not None and rotates(core, owner)
+    if plan.branching is None and plan.guiding is not None:
+        return guide(graph, core, operator_name("guide", site.core, visit))
     if plan.reduces:
         name = operator_name("reduce", site.core, visit)
         trial = KeyLayout((1, tokens), window=(1, 2))  # does the owner follow fewer keys?
         owner.add_module(name, KeyValueReduction(site.name, plan.pooling, trial, site.key_place))
         core, place = reduce_kv(graph, core, name, owner, image_tokens=tokens, level=level)
         done.append(f"keys and values reduced {place}")
+    if plan.branching is not None:
+        core = branch(graph, core, *(operator_name(deed, site.core, visit) for deed in ("share", "guide")))
+        done.append("guided by a negative text with rows of its own" if plan.guiding is not None else "not guided")
     if plan.tiling is not None:
         name = operator_name("tile", site.core, visit)
         done.append(f"queries tiled {tile_queries(graph, core, name, rotated=rotated)}")
@@ -142,10 +148,13 @@ def _shapes_fit(graph: fx.Graph, owner: nn.Module, skeleton: Skeleton) -> bool:
     try:
         with quiet():
             for node in graph.nodes:
-                if node.op not in ("placeholder", "output") and not str(node.target).startswith("sloth_tile"):
-                    node.meta["hint"] = evaluate(node, owner, skeleton.mode)
-                elif node.op == "call_module":
+                target = str(node.target) if node.op == "call_module" else ""
+                if target.startswith("sloth_share"):
+                    node.meta["hint"] = tuple(each.meta["hint"] for each in node.args)
+                elif target.startswith(("sloth_tile", "sloth_guide")):
                     node.meta["hint"] = node.args[0].meta["hint"]
+                elif node.op not in ("placeholder", "output"):
+                    node.meta["hint"] = evaluate(node, owner, skeleton.mode)
     except (RuntimeError, ValueError, TypeError):
         return False
     return True

@@ -8,12 +8,14 @@ from typing import Any, Literal, TypeAlias
 
 from sloth_fx import node_values
 from sloth_fx.checks import FLAG, accepting, between, check_fields, one_of, or_none, require
+from sloth_fx.guidance_specs import NAG
 from sloth_fx.peer_specs import HyperTile, TokenDownsample, TokenMerging
 from sloth_fx.schedule import SCHEDULE, Constant, PeakDecay, Schedule
 from sloth_fx.spec_base import SEED, VERSION, BaseSpec
 from sloth_fx.where import STAGES, Where
 
 __all__ = [
+    "NAG",
     "VERSION",
     "HyperTile",
     "NearSightedAttention",
@@ -247,7 +249,7 @@ class NearSightedAttention(BaseSpec):
 
 
 Spec: TypeAlias = (
-    SlothfulAttention | NearSightedTile | NearSightedAttention | TokenDownsample | HyperTile | TokenMerging
+    SlothfulAttention | NearSightedTile | NearSightedAttention | TokenDownsample | HyperTile | TokenMerging | NAG
 )
 
 

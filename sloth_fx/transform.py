@@ -9,17 +9,21 @@ from typing import Any, get_args
 from torch import nn
 
 from sloth_fx.bind import bind, clone
+from sloth_fx.branches import Branches, install
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import RefusedInputsError, SlothError
+from sloth_fx.guidance import guided
 from sloth_fx.locate import as_call, survey
-from sloth_fx.model_adapters import adapter_for, is_known, trial_call
+from sloth_fx.model_adapters import Arguments, adapter_for, is_known, trial_call
+from sloth_fx.negative import NegativeKeys, Original
 from sloth_fx.owners import OwnerRewriter, PlannedVisit, RewrittenOwner, make_operators
+from sloth_fx.passes.guide import GuidedAttention
 from sloth_fx.patch import Patch, is_patched
 from sloth_fx.plan import clocks
 from sloth_fx.planner import make_plan
 from sloth_fx.report import Report, SiteReport
-from sloth_fx.spec import Spec
+from sloth_fx.spec import NAG, Spec
 
 FIRST_CALL = "first call"
 
@@ -62,7 +66,9 @@ def transform(
     patched = clone(model)
     name = type(model).__name__
     report = Report(name, (), "located at the first call")
-    patch = Patch(TimestepContext(model, adapter, phases), report, request.specs, request.strict, request.phases)
+    expects_negative = any(isinstance(each, NAG) for each in request.specs)
+    context = TimestepContext(model, adapter, phases, expects_negative=expects_negative)
+    patch = Patch(context, report, request.specs, request.strict, request.phases)
     if isinstance(example_inputs, str) and example_inputs == FIRST_CALL:
         call = None
     else:
@@ -92,7 +98,7 @@ class _Request:
 
     def __call__(self, model: nn.Module, patch: Patch, call: Call) -> None:
         found = survey(model, adapter_for(model), call)
-        plan = make_plan(self.specs, found.sites, strict=self.strict)
+        plan, numbers = guided(make_plan(self.specs, found.sites, strict=self.strict), found, call)
         if self.phases is not None and len(clocks(plan.sites)) > 1:
             raise SlothError("phases= needs one clock, and these specs follow both progress and sigma: use phases=None")
 
@@ -112,6 +118,7 @@ class _Request:
 
         # From here on nothing can fail.
         patch.context.located_with(model, found.adapter, *call)
+        keys = NegativeKeys(Original(found.skeleton), Arguments(found.skeleton.model, found.adapter))
         acting: dict[str, tuple[str, ...]] = {}
         for path, (owner, visits) in done.items():
             plans = plan.by_owner()[path]
@@ -121,12 +128,22 @@ class _Request:
                     made = make_operators(rewritten, each, visit.number)
                     operators |= made
                     patch.context.attach(each, list(made.values()))
+                    guiding = [operator for operator in made.values() if isinstance(operator, GuidedAttention)]
+                    keys.operators.update((numbers[each.site.name], operator) for operator in guiding)
                     for number in visit.served[core]:
                         name = plans[number].site.name
                         acting[name] = tuple(type(spec).__name__ for spec in each.specs)
                         notes[name] = rewritten.done[core]
                 patch.graphs[path] = rewritten.graph
             bind(model.get_submodule(path), owner.forward, operators)
+        if keys.operators:
+            patch.context.guided_by(keys)
+        branching = next((each for each in plan.sites if each.branching is not None), None)
+        if branching is not None:
+            branches = Branches(keys.original, keys.arguments)
+            install(model, branches)
+            patch.context.attach(branching, [branches])
+            patch.context.guided_by(branches)
         if found.latent is not None:
             patch.context.resize(found.latent)
         sites = (SiteReport.of(site, acting.get(site.name, ()), notes.get(site.name, "")) for site in found.sites)

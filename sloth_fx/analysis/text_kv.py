@@ -35,8 +35,9 @@ class TextKeyValues:
     reasons: dict[int, str]
     shapes: tuple[torch.Size, ...] | None
 
-    def __call__(self, model: nn.Module, *text: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """Key (B, H, M, D) and value (B, H, M, Dv) by core, from the tensors that are named in ``text``."""
+    def __call__(self, model: nn.Module, *text: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor | None]]:
+        """Key (B, H, M, D), value (B, H, M, Dv) and mask, if there is one, by core, from the tensors that are named in
+        ``text``."""
         if len(text) != len(self.text):
             raise SlothError(f"{len(text)} tensors are given for {', '.join(self.text)}")
         shapes = tuple(each.shape for each in text)
@@ -46,7 +47,7 @@ class TextKeyValues:
 
 
 def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
-    """Slice ``whole`` (canonical) from the inputs named in ``text`` to the keys and values that need nothing else.
+    """Slice ``whole`` (canonical) from the inputs named in ``text`` to keys, values and masks that need nothing else.
 
     Raises :class:`SlothError` for names that are no inputs.
     """
@@ -57,10 +58,11 @@ def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
     placeholders = [whole.inputs[name] for name in names]
     dependencies = Dependencies(whole.graph)
     reasons: dict[int, str] = {}
-    found: dict[int, tuple[fx.Node, fx.Node]] = {}
+    found: dict[int, tuple[fx.Node | None, ...]] = {}
     steering = {list(whole.inputs.values())[index] for index in whole.values}  # their values are part of the graph
     for index, core in enumerate(attention_cores(whole.graph)):
         needed = dependencies.placeholders(core.key) | dependencies.placeholders(core.value)
+        needed |= dependencies.placeholders(core.mask) if core.mask is not None else frozenset()
         needed = needed | steering if needed else needed
         others = needed.difference(placeholders)
         if others:
@@ -68,7 +70,7 @@ def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
         elif not needed:
             reasons[index] = "keys and values depend on no input"
         else:
-            found[index] = core.key, core.value
+            found[index] = core.key, core.value, core.mask
     slice_ = _Slice(whole.graph, dependencies, placeholders, found)
     shapes = tuple(each.meta["hint"].shape for each in placeholders)
     return TextKeyValues(
@@ -92,17 +94,20 @@ class _Slice:
         whole: fx.Graph,
         dependencies: Dependencies,
         text: list[fx.Node],
-        outputs: dict[int, tuple[fx.Node, fx.Node]],
+        outputs: dict[int, tuple[fx.Node | None, ...]],
     ) -> None:
         self.graph = fx.Graph()
         self.baked = False
         self.text = text
         self.copies: dict[fx.Node, Any] = {node: self.graph.placeholder(str(node.target)) for node in text}
-        needed = dependencies.needed(node for pair in outputs.values() for node in pair)
+        needed = dependencies.needed(node for each in outputs.values() for node in each if node is not None)
         for node in whole.nodes:
             if node in needed and node not in self.copies:
                 self.copies[node] = self._property(node) if is_property(node) else self._copy(node)
-        found: Any = {index: tuple(self.copies[each] for each in pair) for index, pair in outputs.items()}
+        found: Any = {
+            index: tuple(self.copies[each] if each is not None else None for each in nodes)
+            for index, nodes in outputs.items()
+        }
         self.graph.output(found)
         self.graph.lint()
 

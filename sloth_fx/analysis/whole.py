@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from sloth_fx.capture.call import labelled_tensors, read_call
+from sloth_fx.capture.capture import Call
 from sloth_fx.capture.generate import generate
 from sloth_fx.capture.recorder import Recorder
 from sloth_fx.capture.skeleton import Skeleton, quiet
@@ -56,30 +57,34 @@ def whole_graph(model: nn.Module, *args: Any, canonical: bool = True, **kwargs: 
     ``canonical`` makes every attention in it a core. Raises :class:`SlothError` with the reason where the model cannot
     be captured.
     """
-    skeleton = Skeleton(model)
-    call = skeleton.fake_inputs((args, kwargs))
+    return capture_whole(Skeleton(model), (args, kwargs), canonical=canonical)
+
+
+def capture_whole(skeleton: Skeleton, call: Call, *, canonical: bool = True) -> WholeGraph:
+    """As :func:`whole_graph`, of a model that is a skeleton already."""
+    kind = type(skeleton.model).__name__
+    fake_call = skeleton.fake_inputs(call)
     try:
         with quiet():
-            recorder = _record(skeleton, call)
+            recorder = _record(skeleton, fake_call)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise SlothError(
-            f"{type(model).__name__} cannot be captured as a whole: {type(error).__name__}: "
-            f"{reason[0] if reason else 'no message'}"
+            f"{kind} cannot be captured as a whole: {type(error).__name__}: {reason[0] if reason else 'no message'}"
         ) from error
     graph = recorder.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    names = [name for name, _ in labelled_tensors(model.forward, *call)]
+    names = [name for name, _ in labelled_tensors(skeleton.model.forward, *fake_call)]
     if canonical:
         canonicalise(graph)
     return WholeGraph(
         graph=graph,
-        function=generate(graph, type(model).__name__),
+        function=generate(graph, kind),
         inputs=dict(zip(names, placeholders, strict=True)),
-        pattern=read_call(args, kwargs)[0],
+        pattern=read_call(*call)[0],
         values={
             index: tensor.clone()
-            for index, (node, tensor) in enumerate(zip(placeholders, read_call(*call)[1], strict=True))
+            for index, (node, tensor) in enumerate(zip(placeholders, read_call(*fake_call)[1], strict=True))
             if node in recorder.read
         },
     )
@@ -98,5 +103,8 @@ def _record(skeleton: Skeleton, call: tuple[Any, Any]) -> Recorder:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Modules of torch that contain no others: what ``nn.Sequential`` and ``nn.MultiheadAttention`` do matters."""
+    """Linear layers of whatever make, such as LoRA's, and modules of torch that contain no others: what
+    ``nn.Sequential`` and ``nn.MultiheadAttention`` do matters."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return True
     return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())

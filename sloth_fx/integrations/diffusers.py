@@ -11,9 +11,10 @@ from torch import nn
 from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.integrations.follow import Follower
 from sloth_fx.integrations.handle import Handle
+from sloth_fx.integrations.negative_prompt import PromptEncoder
 from sloth_fx.integrations.offload import offload_paused
 from sloth_fx.patch import is_patched
-from sloth_fx.spec import Spec
+from sloth_fx.spec import NAG, Spec
 from sloth_fx.transform import FIRST_CALL, transform
 
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -24,6 +25,7 @@ def attach(
     pipe: Any,
     spec: Spec | Sequence[Spec],
     *,
+    negative_prompt: str | Sequence[str] | None = None,
     example_inputs: Any = None,
     strict: bool = True,
     phases: int | None = None,
@@ -41,22 +43,39 @@ def attach(
     Args:
         pipe: has a ``unet`` or a ``transformer`` (and maybe a ``transformer_2``), neither compiled nor attached yet.
         spec, example_inputs, strict, phases: as for :func:`sloth_fx.transform`.
+        negative_prompt: for NAG: one for all images, or one for each prompt. The pipeline's own text encoders encode it
+            whenever they encode a prompt. Its rows in a batch with classifier-free guidance are found by themselves.
 
     Raises:
         SlothError: for anything that cannot be done as asked; the pipeline is then as it was.
     """
     denoisers = _denoisers_of(pipe)
+    _check_negative(negative_prompt, spec)
     with ExitStack() as undo:
         with offload_paused(pipe):
             models = {
                 name: _transformed(pipe, name, model, spec, example_inputs, strict, phases)
                 for name, model in denoisers.items()
             }
+            encoder = PromptEncoder(pipe, negative_prompt) if negative_prompt is not None else None
+            if encoder is not None:
+                undo.callback(encoder.stop)
             for name, patched in models.items():
                 undo.callback(setattr, pipe, name, denoisers[name])
-                undo.callback(Follower(pipe, patched).stop)
+                undo.callback(Follower(pipe, patched, encoder).stop)
                 setattr(pipe, name, patched)
         return Handle(pipe, denoisers, models, undo.pop_all())
+
+
+def _check_negative(prompt: Any, spec: Any) -> None:
+    if prompt is None:
+        return
+    guides = any(isinstance(each, NAG) for each in (spec if isinstance(spec, (list, tuple)) else [spec]))
+    if not guides:
+        raise SlothError("negative_prompt is for NAG, which the spec does not hold; the pipeline's own is for guidance")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise SlothError(f"negative_prompt={prompt!r:.80}: a string, or a list with one for each prompt")
 
 
 def _denoisers_of(pipe: Any) -> dict[str, nn.Module]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sloth_fx.capture.call import labelled_tensors
 from sloth_fx.dynamo import never_compile, outside_graphs
+from sloth_fx.errors import SlothError
 from sloth_fx.integrations.guidance import GroupCounter
+from sloth_fx.integrations.negative_prompt import PromptEncoder
 from sloth_fx.integrations.scheduler import SchedulerReader
 from sloth_fx.model_adapters import Arguments, adapter_for
 from sloth_fx.patch import patch_of
@@ -22,7 +26,7 @@ class Follower:
     until it is set back. A copy of the model has a follower of its own, of the same pipeline.
     """
 
-    def __init__(self, pipe: Any, model: nn.Module) -> None:
+    def __init__(self, pipe: Any, model: nn.Module, encoder: PromptEncoder | None = None) -> None:
         adapter = adapter_for(model)
         self._pipe = weakref.ref(pipe)
         self._context = patch_of(model).context
@@ -31,6 +35,9 @@ class Follower:
         self._groups = GroupCounter(adapter.axes)
         self._moment = self._context.moment
         self._halves = self._context.halves
+        self._encoder = encoder
+        self._encoded = 0
+        self._names = list(inspect.signature(model.forward).parameters)
         self._outside = outside_graphs(_follow)
         never_compile(Follower.before_forward)
         # Before the hook of the patch, which sets the operators.
@@ -63,9 +70,31 @@ class Follower:
             self._halves = self._groups.count(pipe, latent, self._scheduler.runs)
             if context.halves != self._halves:
                 context.halves = self._halves
+        if self._encoder is not None and self._encoder.runs != self._encoded:
+            self._take_negative(self._encoder, args, kwargs)
+
+    def _take_negative(self, encoder: PromptEncoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the context the negative text of this run, and which rows are the prompt's."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        tensors = {name: each for name, each in labelled_tensors(_nothing, (), given) if isinstance(each, Tensor)}
+        latent = self._arguments.latent(args, kwargs)
+        groups = self._context.halves
+        found, place = encoder.read(tensors, groups, len(latent) if isinstance(latent, Tensor) else 0)
+        if place is None:
+            raise SlothError(
+                f"none of the arguments of this call ({', '.join(tensors)}) is what encode_prompt has given: attach "
+                "without negative_prompt, and give its embeddings with set_negative of the handle's context"
+            )
+        self._context.rows = ["cond" if group == place else "uncond" for group in range(groups)]
+        self._context.take_negative(found)
+        self._encoded = encoder.runs
 
     def _drives(self) -> bool:
         return not self._context.driven or self._context.moment is self._moment
+
+
+def _nothing() -> None:
+    """Has no parameters."""
 
 
 def _follow(follower: Follower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sloth_fx.checks import unknown
+from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters.adapter import ModelAdapter
 from sloth_fx.site import LatentSize
 
@@ -36,7 +38,9 @@ class Arguments:
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter) -> None:
         self._adapter = adapter
-        self._positions = {name: index for index, name in enumerate(inspect.signature(model.forward).parameters)}
+        parameters = inspect.signature(model.forward).parameters
+        self._positions = {name: index for index, name in enumerate(parameters)}
+        self._takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
     def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The latent; of a list of latents, the first. ``None`` if there is none."""
@@ -62,6 +66,12 @@ class Arguments:
             for name, value in self._given(args, kwargs)
             if name != latent and _is_feature(value) and _may_be_text(name)
         }
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise :class:`SlothError` for names that are no parameters of the model's forward."""
+        for name in names:
+            if name not in self._positions and not self._takes_any:
+                raise SlothError(f"argument {unknown(name, self._positions)}")
 
     def size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LatentSize | None:
         """The latent's size in its own units: pixels of the latent, or tokens where it is packed. ``None`` where that

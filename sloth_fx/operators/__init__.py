@@ -1,5 +1,6 @@
 """Pure tensor functions: no graph, no model, no state."""
 
+from sloth_fx.operators.guidance import normalized_guidance
 from sloth_fx.operators.layout import KeyLayout, Pooling
 from sloth_fx.operators.lse import attention_with_lse, merge_attention
 from sloth_fx.operators.masks import both_masks, causal_mask, reduce_mask
@@ -21,6 +22,7 @@ __all__ = [
     "join_image",
     "merge_attention",
     "near_sighted_attention",
+    "normalized_guidance",
     "reduce_mask",
     "reduce_tokens",
     "runs",

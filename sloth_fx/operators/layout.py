@@ -37,6 +37,7 @@ class KeyLayout(NamedTuple):
         frames: frames of a video, each a grid; tokens are frame-major. A tile is a column through all of them, and the
             samples are taken from each.
         frame_window: frames pooled together, and the stride along them, of local keys and of samples.
+        guided: a negative text guides what the queries read.
     """
 
     grid: tuple[int, int]
@@ -48,6 +49,7 @@ class KeyLayout(NamedTuple):
     sample_window: tuple[int, int] = (1, 1)
     frames: int = 1
     frame_window: int = 1
+    guided: bool = False
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,123 @@
+"""Rows of their own for the negative text: a call with a larger batch, of whose result the first rows are kept."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from sloth_fx.capture.capture import Call
+from sloth_fx.errors import SlothError
+from sloth_fx.model_adapters import Arguments
+from sloth_fx.negative import Negative, Original, batch_of
+from sloth_fx.operators import KeyLayout
+from sloth_fx.passes.guide import Rows, picked
+
+NAME = "sloth_branches"
+_UNBRANCHED = "_sloth_fx_unbranched_forward"
+
+
+class Branches(nn.Module):
+    """Widens the calls of a model by rows for the negative text, one for each that is guided, while that acts.
+
+    Whatever the text does not say (latent, timestep, sizes) is the same in these rows.
+    """
+
+    def __init__(self, original: Original, arguments: Arguments) -> None:
+        super().__init__()
+        self.original = original
+        self.arguments = arguments
+        self.layout = KeyLayout((1, 1))
+        self.names = original.positional(1000)
+        self.rows: Rows = (True,)
+        self.batch = 0
+        self.negative: dict[str, Tensor] = {}  # by name, of the rows that are added; no state of the model
+        self.done: Any = None
+
+    def set_layout(self, layout: KeyLayout, halves: int) -> None:
+        self.layout = layout
+
+    def set_rows(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None:
+        """Make the rows of the negative text for calls like this one."""
+        given = self.original.labelled(call)
+        state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
+        if state == self.done:
+            return
+        batch = batch_of(self.arguments, call, len(rows))
+        unknown = [name for name in negative.tensors if name not in given]
+        if unknown:
+            raise SlothError(
+                f"the negative text has {', '.join(unknown)}, which this call of the model does not: give both or none"
+            )
+        found = {}
+        for name in negative.tensors:
+            if given[name].ndim == 0 or given[name].shape[0] != batch:
+                continue  # the same for all rows
+            own = negative.rows(name, given[name], len(rows), batch)
+            if own.shape != given[name].shape:
+                raise SlothError(
+                    f"the negative {name} has {own.shape[1]} tokens and the other {given[name].shape[1]}: they pass "
+                    "this model side by side, so pad them to the same length"
+                )
+            found[name] = picked(own, rows, batch)
+        self.negative, self.batch, self.done = found, batch, state
+
+    def widened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The arguments with rows for the negative text."""
+        named = zip(self.names, args, strict=False)
+        return (
+            tuple(self._widened(name, value) for name, value in named),
+            {name: self._widened(name, value) for name, value in kwargs.items()},
+        )
+
+    def _widened(self, name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            more = self.negative.get(name)
+            if more is None and value.ndim > 0 and value.shape[0] == self.batch:
+                more = picked(value, self.rows, self.batch)
+            return value if more is None else torch.cat([value, more])
+        if isinstance(value, dict):
+            return {key: self._widened(f"{name}_{key}", item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._widened(f"{name}_{index}", item) for index, item in enumerate(value))
+        return value
+
+    def narrowed(self, result: Any) -> Any:
+        """The result without the rows of the negative text."""
+        total = self.batch + self.batch // len(self.rows) * sum(self.rows)
+
+        def narrow(value: Any) -> Any:
+            own = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == total
+            return value[: self.batch] if own else value
+
+        return tree_map(narrow, result)
+
+
+def install(model: nn.Module, branches: Branches) -> None:
+    """Let ``model`` run its calls with the rows of ``branches``."""
+    model.add_module(NAME, branches)
+    slot = "_old_forward" if "_hf_hook" in model.__dict__ else "forward"  # accelerate's hook wraps what lies there
+    model.__dict__[_UNBRANCHED] = model.__dict__.get(slot)
+    setattr(model, slot, types.MethodType(_forward, model))
+
+
+def is_branched(model: nn.Module) -> bool:
+    return _UNBRANCHED in model.__dict__
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    branches = self._modules[NAME]
+    assert isinstance(branches, Branches)
+    own: Callable[..., Any] | None = self.__dict__[_UNBRANCHED]
+    guided = branches.layout.guided
+    if guided:
+        args, kwargs = branches.widened(args, kwargs)
+    result = own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
+    return branches.narrowed(result) if guided else result

@@ -1,0 +1,97 @@
+"""The negative prompt of an attached pipeline, encoded as the pipeline encodes the prompt of each run."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sloth_fx.errors import SlothError
+
+_OF_THE_PROMPT = ("prompt", "negative", "pooled")
+"""Parameters of encode_prompt whose names begin with one of these say what the prompt is; others, how to encode it."""
+
+
+class PromptEncoder:
+    """Encodes the negative prompt whenever the pipeline encodes its prompt, in the same way.
+
+    What a denoiser is given for the prompt is among the results of the pipeline's ``encode_prompt``. Where it is found
+    there, the result for the negative prompt goes in its place; so nothing has to be known of the pipeline.
+    """
+
+    def __init__(self, pipe: Any, prompt: str | Sequence[str]) -> None:
+        kind = type(pipe).__name__
+        self._encode: Callable[..., Any] | None = getattr(pipe, "encode_prompt", None)
+        if self._encode is None or "prompt" not in inspect.signature(self._encode).parameters:
+            raise SlothError(
+                f"{kind} has no encode_prompt(prompt): attach without negative_prompt, and give its embeddings with "
+                "set_negative of the handle's context"
+            )
+        self._pipe = weakref.ref(pipe)
+        self._prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._used = False
+        self.runs = 0
+        """How often a prompt was encoded."""
+        pipe.encode_prompt = self.encode_prompt
+
+    def stop(self) -> None:
+        """Give the pipeline its own ``encode_prompt`` back."""
+        pipe = self._pipe()
+        if pipe is not None and pipe.__dict__.get("encode_prompt") == self.encode_prompt:
+            del pipe.encode_prompt
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline's own gives; what it gives for the negative prompt is kept."""
+        assert self._encode is not None
+        found = self._encode(*args, **kwargs)
+        given = inspect.signature(self._encode).bind(*args, **kwargs)
+        asked = given.arguments.get("prompt")
+        count = len(asked) if isinstance(asked, (list, tuple)) else 1
+        for name in given.arguments:
+            if name.startswith(_OF_THE_PROMPT):
+                given.arguments[name] = None
+        given.arguments["prompt"] = self._prompts
+        parameters = given.signature.parameters
+        if "do_classifier_free_guidance" in parameters:
+            given.arguments["do_classifier_free_guidance"] = False
+        for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+            if name in given.arguments and len(self._prompts) != count:
+                given.arguments[name] = 1
+        negative = self._encode(*given.args, **given.kwargs)
+        if self._used:
+            self._pairs, self._used = [], False
+        self._pairs += [
+            (one, other)
+            for one, other in zip(_flat(found), _flat(negative), strict=False)
+            if isinstance(one, Tensor) and isinstance(other, Tensor)
+        ]
+        self.runs += 1
+        return found
+
+    def read(self, tensors: Mapping[str, Tensor], groups: int, batch: int) -> tuple[dict[str, Tensor], int | None]:
+        """The negative text by the labels of the ``tensors`` of a call whose ``batch`` has so many ``groups``, and the
+        number of that group which is the prompt's."""
+        self._used = True
+        found: dict[str, Tensor] = {}
+        place: int | None = None
+        for label, tensor in tensors.items():
+            if tensor.ndim == 0 or tensor.shape[0] != batch:
+                continue
+            for group, part in enumerate(tensor.chunk(groups)):
+                other = next((other for one, other in self._pairs if _same(one, part)), None)
+                if other is not None and label not in found and place in (None, group):
+                    found[label], place = other, group
+        return found, place
+
+
+def _flat(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def _same(one: Tensor, part: Tensor) -> bool:
+    return one.shape == part.shape and torch.equal(one.to(part.device, part.dtype), part)

@@ -1,0 +1,174 @@
+"""The negative text of a guided model, as its context was told, and what calls of the model make of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sloth_fx.analysis import TextKeyValues, text_kv
+from sloth_fx.analysis.whole import capture_whole
+from sloth_fx.capture.call import labelled_tensors, read_call, substitute
+from sloth_fx.capture.capture import Call
+from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.errors import SlothError
+from sloth_fx.model_adapters import Arguments
+from sloth_fx.passes.core import AttentionCore, attention_cores
+from sloth_fx.passes.guide import GuidedAttention, Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Negative:
+    """Arguments of the model for what is not wanted, and their tensors by label."""
+
+    arguments: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Negative:
+        return cls(dict(arguments), {name: each.detach() for name, each in _tensors(arguments).items()})
+
+    def rows(self, name: str, like: Tensor | None, groups: int, batch: int) -> Tensor:
+        """The tensor ``name`` for each row of a ``batch`` in so many ``groups``; ``like`` is what the call gives in its
+        place. Raises :class:`SlothError` for a tensor that does not go there."""
+        given = self.tensors[name]
+        images = batch // groups
+        if like is not None:
+            given = given.to(like.device, like.dtype)
+            if given.ndim != like.ndim or given.shape[2:] != like.shape[2:]:
+                raise SlothError(
+                    f"the negative {name} has shape {tuple(given.shape)}, and that of this call {tuple(like.shape)}: "
+                    "all but the rows and the number of tokens has to be the same"
+                )
+        if given.ndim == 0 or (like is not None and like.shape[0] != batch):
+            return given
+        if given.shape[0] == images:
+            return given.repeat(groups, *(1,) * (given.ndim - 1))
+        if given.shape[0] not in (1, batch):
+            raise SlothError(
+                f"the negative {name} has {given.shape[0]} rows: give 1, or one for each of the {images} images"
+            )
+        return given.expand(batch, *given.shape[1:])
+
+
+class Guide(Protocol):
+    """Brings the negative text into a model, before each call of it that is guided."""
+
+    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None: ...
+
+
+class Original:
+    """A model as it was before it was patched, without data. Copies of the patched model share it."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+
+    def __deepcopy__(self, memo: Any) -> Original:
+        return self
+
+    def labelled(self, call: Call) -> dict[str, Tensor]:
+        """The tensors of a call by name."""
+        labelled = labelled_tensors(self.skeleton.model.forward, *call)
+        return {name: each for name, each in labelled if isinstance(each, Tensor)}
+
+    def positional(self, count: int) -> list[str]:
+        """The names of the first ``count`` parameters."""
+        return list(inspect.signature(self.skeleton.model.forward).parameters)[:count]
+
+    def slice(self, call: Call, text: Sequence[str]) -> tuple[TextKeyValues, list[AttentionCore]]:
+        """What gives keys and values from the inputs ``text`` alone, for calls like this one; and all attentions."""
+        whole = capture_whole(self.skeleton, call)
+        return text_kv(whole, [name for name in text if name in whole.inputs]), attention_cores(whole.graph)
+
+
+@dataclass(eq=False)
+class NegativeKeys:
+    """Computes the keys and values of the negative text once, and again only where its shape in a call is another.
+
+    ``operators`` are the guided attentions by their number in the graph of the whole model.
+    """
+
+    original: Original
+    arguments: Arguments
+    operators: dict[int, GuidedAttention] = field(default_factory=dict)
+    slices: list[tuple[Any, TextKeyValues]] = field(default_factory=list)
+    done: Any = None
+
+    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None:
+        given = self.original.labelled(call)
+        shapes = {
+            name: (each.shape, each.dtype, each.device) for name, each in given.items() if name in negative.tensors
+        }
+        state = negative, rows, shapes, set(given)
+        if state == self.done:
+            return
+        batch = batch_of(self.arguments, call, len(rows))
+        own = {name: negative.rows(name, given.get(name), len(rows), batch) for name in negative.tensors}
+        other = _replaced(self.original, call, negative, own)
+        found = self._slice(other, own)
+        bring_weights(model)
+        with torch.no_grad():
+            keys = found(model, *(own[name] for name in found.text))
+        for core, operator in self.operators.items():
+            operator.set_negative(*keys[core])
+        self.done = state
+
+    def _slice(self, call: Call, own: Mapping[str, Tensor]) -> TextKeyValues:
+        pattern, _ = read_call(*call)
+        for known, found in self.slices:
+            shapes = tuple(own[name].shape for name in found.text if name in own)
+            if known == pattern and len(shapes) == len(found.text) and found.shapes in (None, shapes):
+                return found
+        found, _ = self.original.slice(call, list(own))
+        missing = [found.reasons[number] for number in self.operators if number in found.reasons]
+        if missing:
+            raise SlothError(
+                f"the negative text is given by {', '.join(own)}, and at {len(missing)} of {len(self.operators)} sites "
+                f"{missing[0]}: give that to set_negative as well"
+            )
+        self.slices.append((pattern, found))
+        return found
+
+
+def batch_of(arguments: Arguments, call: Call, groups: int) -> int:
+    """Rows of the batch of a call. Raises :class:`SlothError` where they are not so many equal ``groups``."""
+    latent = arguments.latent(*call)
+    batch = int(latent.shape[0]) if isinstance(latent, Tensor) else 0
+    if batch == 0 or batch % groups:
+        raise SlothError(
+            f"a batch of {batch} rows cannot be divided into {groups} groups of conditioning: say which there are with "
+            'rows of the context, such as ("uncond", "cond")'
+        )
+    return batch
+
+
+def bring_weights(model: nn.Module) -> None:
+    """Where accelerate keeps the weights elsewhere until a model runs, bring them: it is about to."""
+    hook = model.__dict__.get("_hf_hook")
+    if hook is not None:
+        hook.pre_forward(model)
+
+
+def _replaced(original: Original, call: Call, negative: Negative, own: Mapping[str, Tensor]) -> Call:
+    """``call`` with the arguments of the negative text, whose tensors are ``own``."""
+    labels = iter(original.labelled(call))
+    args, kwargs = substitute(call, lambda tensor: own.get(next(labels), tensor))
+    for name, value in negative.arguments.items():
+        if kwargs.get(name) is None and name not in original.positional(len(args)):
+            inner = map(own.__getitem__, _tensors({name: value}))
+            kwargs[name] = substitute(value, partial(_next, inner))
+    return args, kwargs
+
+
+def _next(tensors: Iterator[Tensor], _: Tensor) -> Tensor:
+    return next(tensors)
+
+
+def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    labelled = labelled_tensors(lambda: None, (), dict(arguments))
+    return {name: each for name, each in labelled if isinstance(each, Tensor)}

@@ -1,0 +1,262 @@
+"""Let a negative text guide what an attention reads.
+
+Where the negative text's keys and values are known (they do not depend on the latent), they are attended besides:
+
+    out = attend(query, key, value)      ->     out = self.sloth_guide_0(query, key, value)
+
+Otherwise the negative text has rows of its own in the batch, after all others, and passes the model with them. The
+image is the same in both: such a row takes queries, keys and values of the image from the row that it guides, and both
+go on with the guided result.
+
+    out = attend(query, key, value)      ->     shared = self.sloth_share_0(query, key, value)
+                                                out = self.sloth_guide_0(attend(*shared))
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from sloth_fx.errors import SlothError
+from sloth_fx.guidance_specs import NAG
+from sloth_fx.operators import Attend, KeyLayout, normalized_guidance
+from sloth_fx.passes.causal import causal_name, causal_of
+from sloth_fx.passes.core import AttentionCore
+from sloth_fx.site import Place
+
+Rows = tuple[bool, ...]
+"""For each group of conditioning in the batch, one after another, whether it is guided."""
+
+
+class GuidedAttention(nn.Module):
+    """Attention to the text, guided by attention to a negative text of which keys and values are at hand."""
+
+    def __init__(
+        self, site: str, attend: Attend, guidance: NAG, layout: KeyLayout, *, folded_heads: int | None
+    ) -> None:
+        super().__init__()
+        self.site = site
+        self.attend = attend
+        self.guidance = guidance
+        self.layout = layout
+        self.folded_heads = folded_heads
+        self.rows: Rows = (True,)
+        self.key: Tensor | None = None  # of the negative text, a row for each of the batch; no state of the model
+        self.value: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    def set_layout(self, layout: KeyLayout, halves: int) -> None:
+        self.layout = layout
+
+    def set_rows(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def set_negative(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        self.key, self.value, self.mask = key, value, mask
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        **options: object,
+    ) -> Tensor:
+        if causal:
+            options[causal_name(self.attend)] = True
+        out = self.attend(query, key, value, *([] if mask is None else [mask]), **options)
+        if not self.layout.guided:
+            return out
+        if self.key is None or self.value is None:
+            raise SlothError(f"{self.site}: the negative text is not known; call set_negative of the context first")
+        rows = groups(out, self.rows, self.site)
+        masks = [] if self.mask is None else [picked(self.mask, self.rows, out.shape[0])]
+        negative = self.attend(
+            picked(query, self.rows, out.shape[0]),
+            picked(self.key, self.rows, out.shape[0]),
+            picked(self.value, self.rows, out.shape[0]),
+            *masks,
+            **options,
+        )
+        guided = guided_by(picked(out, self.rows, out.shape[0]), negative, self.guidance, self.folded_heads)
+        if all(self.rows):
+            return guided
+        parts = iter(guided.chunk(sum(self.rows)))
+        return torch.cat([next(parts) if taken else row for row, taken in zip(rows, self.rows, strict=True)])
+
+    def extra_repr(self) -> str:
+        return str(self.guidance)
+
+
+class _Branched(nn.Module):
+    """Knows which rows of a batch belong to the negative text, and where the image lies in its tokens."""
+
+    def __init__(self, site: str, layout: KeyLayout, *, query_place: Place, key_place: Place | None) -> None:
+        super().__init__()
+        self.site = site
+        self.layout = layout
+        self.query_place = query_place
+        self.key_place = key_place
+        self.rows: Rows = (True,)
+
+    def set_layout(self, layout: KeyLayout, halves: int) -> None:
+        self.layout = layout
+
+    def set_rows(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def split(self, tensor: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The groups of the batch, and those of the negative text, one for each guided group."""
+        guided = sum(self.rows)
+        parts = groups(tensor, (*self.rows, *(True,) * guided), self.site)
+        return parts[: len(self.rows)], parts[len(self.rows) :]
+
+    def image_of_queries(self, tensor: Tensor) -> tuple[int, int]:
+        total = tensor.shape[-2]
+        tokens = total if self.query_place.alone else self.layout.tokens
+        return self.query_place.start(total, tokens), tokens
+
+
+class SharedImage(_Branched):
+    """Gives rows of the negative text the image of the rows that they guide: (query, key, value) as they come in.
+
+    ``key_place`` tells where the image lies in the keys, ``None`` that these are of text alone. ``border`` is that of
+    the pooling, which tells how many keys of the image there are.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        layout: KeyLayout,
+        *,
+        query_place: Place,
+        key_place: Place | None,
+        border: str = "keep",
+    ) -> None:
+        super().__init__(site, layout, query_place=query_place, key_place=key_place)
+        self.border = border
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.layout.guided:
+            return query, key, value
+        query = self._shared(query, *self.image_of_queries(query))
+        if self.key_place is None:
+            return query, key, value
+        total = key.shape[-2]
+        tokens = total if self.key_place.alone else self.layout.gathered_tokens(self.border)
+        start = self.key_place.start(total, tokens)
+        return query, self._shared(key, start, tokens), self._shared(value, start, tokens)
+
+    def _shared(self, tensor: Tensor, start: int, tokens: int) -> Tensor:
+        rows, negative = self.split(tensor)
+        guided = [row for row, taken in zip(rows, self.rows, strict=True) if taken]
+        images = [row.narrow(-2, start, tokens) for row in guided]
+        return torch.cat([*rows, *(_with(row, image, start) for row, image in zip(negative, images, strict=True))])
+
+
+class GuidedResult(_Branched):
+    """Guides the image of an attention's result, and lets the rows of the negative text go on with it as well.
+
+    Without ``guidance`` they go on with what the others read.
+    """
+
+    def __init__(
+        self, site: str, guidance: NAG | None, layout: KeyLayout, *, query_place: Place, folded_heads: int | None
+    ) -> None:
+        super().__init__(site, layout, query_place=query_place, key_place=None)
+        self.guidance = guidance
+        self.folded_heads = folded_heads
+
+    def forward(self, out: Tensor) -> Tensor:
+        if not self.layout.guided:
+            return out
+        start, tokens = self.image_of_queries(out)
+        rows, negative = self.split(out)
+        found = list(rows)
+        for index, row in zip(_guided(self.rows), negative, strict=True):
+            image = rows[index].narrow(-2, start, tokens)
+            if self.guidance is not None:
+                image = guided_by(image, row.narrow(-2, start, tokens), self.guidance, self.folded_heads)
+                found[index] = _with(rows[index], image, start)
+            found.append(_with(row, image, start))
+        return torch.cat(found)
+
+    def extra_repr(self) -> str:
+        return str(self.guidance)
+
+
+def guide(graph: fx.Graph, core: AttentionCore, name: str) -> str:
+    """Replace ``core`` by a call of ``self.<name>``, a :class:`GuidedAttention`, and say what was done."""
+    causal = causal_of(core)
+    masks = (core.mask, causal) if causal is not False else (core.mask,) if core.mask is not None else ()
+    with graph.inserting_before(core.node):
+        guided = graph.call_module(name, (core.query, core.key, core.value, *masks), core.options)
+    core.node.replace_all_uses_with(guided)
+    graph.erase_node(core.node)
+    graph.lint()
+    return "guided by a negative text, whose keys and values are computed once"
+
+
+def branch(graph: fx.Graph, core: AttentionCore, share: str, result: str) -> AttentionCore:
+    """Put ``self.<share>``, a :class:`SharedImage`, before ``core``, and ``self.<result>``, a :class:`GuidedResult`,
+    after it."""
+    with graph.inserting_before(core.node):
+        shared = graph.call_module(share, (core.query, core.key, core.value))
+        query, key, value = (graph.call_function(operator.getitem, (shared, index)) for index in range(3))
+        for new, old in ((query, core.query), (key, core.key), (value, core.value)):
+            new.meta["hint"] = old.meta["hint"]
+    core = core.replace(query=query, key=key, value=value)
+    with graph.inserting_after(core.node):
+        guided = graph.call_module(result, (core.node,))
+    core.node.replace_all_uses_with(guided, delete_user_cb=lambda user: user is not guided)
+    graph.lint()
+    return core
+
+
+def groups(tensor: Tensor, rows: Rows, site: str) -> Sequence[Tensor]:
+    """The batch of ``tensor`` in as many equal parts as there are ``rows``."""
+    if tensor.shape[0] % len(rows):
+        raise SlothError(
+            f"{site}: a batch of {tensor.shape[0]} rows cannot be divided into {len(rows)} groups of conditioning; "
+            "say which there are with rows of the context"
+        )
+    return tensor.chunk(len(rows))
+
+
+def picked(tensor: Tensor, rows: Rows, batch: int) -> Tensor:
+    """The guided groups of a tensor, as far as it has the rows of the batch."""
+    if all(rows) or tensor.shape[0] != batch:
+        return tensor
+    return torch.cat([tensor.chunk(len(rows))[index] for index in _guided(rows)])
+
+
+def guided_by(positive: Tensor, negative: Tensor, guidance: NAG, folded_heads: int | None) -> Tensor:
+    """The guided result of attention, (B, H, N, D); (B * H, N, D) where the heads are folded into the batch."""
+    if folded_heads is not None:
+        positive, negative = (torch.unflatten(each, 0, (-1, folded_heads)) for each in (positive, negative))
+    guided = normalized_guidance(
+        positive,
+        negative,
+        scale=guidance.scale,
+        tau=guidance.tau,
+        alpha=guidance.alpha,
+        norm=guidance.norm,
+        channels=(1, 3),
+    )
+    return guided if folded_heads is None else guided.flatten(0, 1)
+
+
+def _guided(rows: Rows) -> list[int]:
+    return [index for index, taken in enumerate(rows) if taken]
+
+
+def _with(row: Tensor, image: Tensor, start: int) -> Tensor:
+    """``row`` with other tokens from ``start`` on."""
+    end = start + image.shape[-2]
+    if start == 0 and end == row.shape[-2]:
+        return image
+    return torch.cat([row[..., :start, :], image, row[..., end:, :]], dim=-2)
