@@ -16,6 +16,7 @@ from typing import Any
 import scenes
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from models import LATENT_CHANNELS, LATENT_SIZE
 from objectives import Denoising, generator, noise_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +42,7 @@ class Student(Denoising):
         now = int(random.integers(STEPS))
         times = self.times()
         with torch.no_grad():
-            latents = noise_of(random, (self.batch, 4, 16, 16), self.device)
+            latents = noise_of(random, (self.batch, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), self.device)
             said, unsaid = self.encode(texts), self.encode([""] * self.batch)
             for start, end in pairwise(times[: now + 1]):
                 velocity = self.predict(self.denoiser, latents, start, said)

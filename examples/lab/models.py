@@ -20,7 +20,7 @@ from transformers import (
 TOKENS = 24  # of the longest caption, with its start and end
 TEXT_WIDTH = 128
 LATENT_SIZE = SIZE // 4
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 8
 
 WORDS = (
     *("a", "an", "and", "background", *RADII, *FILLS, *COLOURS, *SHAPES, *BACKGROUNDS, *TEXTURES),

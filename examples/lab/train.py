@@ -202,7 +202,7 @@ def dit_student(batch: int, device: torch.device) -> tuple[Any, Exporter]:
 def unet_pipeline(trained: Denoising) -> StableDiffusionPipeline:
     encoder = Encoder(torch.device("cpu"))
     plain = CLIPTextModel(encoder.model.config)
-    plain.load_state_dict({key: value for key, value in encoder.model.state_dict().items() if "projection" not in key})
+    plain.load_state_dict(encoder.model.text_model.state_dict())
     return StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=plain,
