@@ -138,6 +138,11 @@ class TimestepContext:
         """
         self._conditioning.set_negative(arguments, self._arguments)
 
+    @property
+    def branched(self) -> bool:
+        """Whether a negative text passes the model in rows of its own."""
+        return any(plan.branching is not None for plan in self._plans)
+
     def take_negative(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """As :meth:`set_negative`, of tensors by the labels that they have in a call."""
         self._conditioning.negative = Negative({}, tensors)

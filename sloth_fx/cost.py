@@ -3,7 +3,8 @@
 Counted are the two matrix products of each attention, query with key and weight with value: 4 * head_dim operations
 for each head and each pair of a query and a key that it sees, for one sample and one call of the model. Projections,
 softmax, and the pooling itself are not. Memory is that of the keys and values that attention takes, each once,
-however many tiles see it, and for as many heads as there are of queries.
+however many tiles see it, and for as many heads as there are of queries. A negative text counts as many tokens as the
+text has.
 """
 
 from __future__ import annotations
@@ -196,6 +197,8 @@ def estimate(
     scale = _latent_per_token(found.sites)
     counted = [site for site in found if site.kind != "linear" and not (site.on_image and site.grid_at(size) is None)]
     sites = tuple(_site_cost(_with_text(site, text), plans.get(site.name), at, size, scale) for site in counted)
+    if context(patched).branched:
+        sites = _with_branches(sites)
     layouts = [tuple(each.layouts[step] for each in sites if each.site.name in plans) for step in range(steps)]
     return RunCost(
         model=found.model,
@@ -244,8 +247,24 @@ def _site_cost(
     if plan is None:
         return SiteCost(site, before, (before,) * len(moments), (None,) * len(moments))
     layouts = tuple(plan.layout(moment, latent) for moment in moments)
+    if site.kind == "cross":  # which is guided, and nothing else
+        twice = Work(before.queries, 2 * before.pairs, 2 * before.stored)
+        return SiteCost(site, before, tuple(twice if layout.guided else before for layout in layouts), layouts)
     works = [work_of(plan, layout, others=others) for layout in layouts]
     return SiteCost(site, before, tuple(Work(*(times * each for each in work)) for work in works), layouts)
+
+
+def _with_branches(sites: Sequence[SiteCost]) -> tuple[SiteCost, ...]:
+    """The sites of a model through which the negative text goes in rows of its own, while any of them is guided."""
+    by_step = zip(*(each.layouts for each in sites), strict=True)
+    guided = [any(layout is not None and layout.guided for layout in layouts) for layouts in by_step]
+
+    def doubled(cost: SiteCost) -> SiteCost:
+        once = [cost.before if cost.site.kind == "cross" else work for work in cost.steps]
+        steps = (Work(*(2 * each for each in work)) if two else work for work, two in zip(once, guided, strict=True))
+        return replace(cost, steps=tuple(steps))
+
+    return tuple(map(doubled, sites))
 
 
 def _sequences(site: AttentionSite, latent: LatentSize, scale: float) -> int:

@@ -14,6 +14,7 @@ from sloth_fx.operators import KeyLayout
 from sloth_fx.plan import SitePlan
 from sloth_fx.site import AttentionSite
 from sloth_fx.spec import (
+    NAG,
     HyperTile,
     NearSightedAttention,
     NearSightedTile,
@@ -22,6 +23,7 @@ from sloth_fx.spec import (
     TokenDownsample,
     TokenMerging,
 )
+from tests.integrations.pipelines import sd3
 from tests.models import inputs, shared
 
 ROWS, COLUMNS, STEPS = 13, 21, 3
@@ -56,13 +58,16 @@ class Kernels(TorchDispatchMode):
 
 def measured(model, spec, given, phases=None):
     """Operations per sample, for each step."""
-    patched = sloth_fx.transform(model, spec, phases=phases)
+    return measured_in(sloth_fx.transform(model, spec, phases=phases), given)
+
+
+def measured_in(patched, given):
     found = []
     for step in range(STEPS):
         sloth_fx.context(patched).step(step, STEPS)
         with torch.no_grad(), Kernels() as kernels:
             patched(**given)
-        found.append(kernels.flops / given["sample"].shape[0])
+        found.append(kernels.flops / next(iter(given.values())).shape[0])
     return found
 
 
@@ -72,6 +77,27 @@ def test_operations_are_those_of_the_kernels(name):
     given = inputs(model, batch=3, height=ROWS, width=COLUMNS)
     cost = estimate(model, spec, (ROWS, COLUMNS), steps=STEPS, text=7)
     assert [cost.flops(step) for step in range(STEPS)] == measured(model, spec, given)
+
+
+def joint_inputs():
+    """For the transformer of Stable Diffusion 3."""
+    text = {"encoder_hidden_states": torch.randn(3, 7, 24), "pooled_projections": torch.randn(3, 12)}
+    return {"hidden_states": torch.randn(3, 4, ROWS, COLUMNS), **text, "timestep": torch.full((3,), 500.0)}
+
+
+@pytest.mark.parametrize("name", ["sd15", "joint"])
+def test_guided_operations_are_those_of_the_kernels(name):
+    """With keys of the negative text at hand, and with rows of its own."""
+    model = shared("sd15") if name == "sd15" else sd3()[0].transformer
+    given = inputs(model, batch=3, height=ROWS, width=COLUMNS) if name == "sd15" else joint_inputs()
+    specs = [NAG(start=0.3, stop=0.6), NearSightedTile(tile_size=5, max_depth=1)]
+    cost = estimate(model, specs, (ROWS, COLUMNS), steps=STEPS, text=7)
+    patched = sloth_fx.transform(model, specs)
+    context = sloth_fx.context(patched)
+    context.set_negative(encoder_hidden_states=given["encoder_hidden_states"][:1])
+    context.step(1, STEPS)
+    patched(**given)  # the negative keys are computed
+    assert [cost.flops(step) for step in range(STEPS)] == measured_in(patched, given)
 
 
 def test_operations_without_operators():

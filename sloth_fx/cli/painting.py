@@ -13,7 +13,7 @@ import torch
 import sloth_fx
 from sloth_fx.cli.options import width_and_height
 from sloth_fx.errors import SlothError
-from sloth_fx.spec import Spec
+from sloth_fx.spec import NAG, Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Settings:
         """From the values of options; raises a usage error for a size that is none."""
         return cls(size=width_and_height(size) if size is not None else None, **values)
 
-    def arguments(self, pipe: Any) -> dict[str, Any]:
-        """For a call of ``pipe``. Raises :class:`SlothError` where it does not take what was asked for."""
+    def arguments(self, pipe: Any, *, guided: bool = False) -> dict[str, Any]:
+        """For a call of ``pipe``, which NAG guides or not. Raises :class:`SlothError` where it does not take them."""
         width, height = self.size if self.size is not None else (None, None)
         asked = {
             "prompt": self.prompt,
@@ -48,6 +48,8 @@ class Settings:
         }
         given = {name: value for name, value in asked.items() if value is not None}
         known = inspect.signature(pipe.__call__).parameters
+        if guided and "negative_prompt" not in known:
+            given.pop("negative_prompt", None)  # it goes to NAG
         refused = [name for name in given if name not in known]
         if refused:
             raise SlothError(f"{type(pipe).__name__} takes no {', '.join(refused)}: it takes {', '.join(known)}")
@@ -60,7 +62,10 @@ def paint(pipe: Any, settings: Settings, specs: Sequence[Spec], done: Callable[[
 
     ``done`` is called after each step. Raises :class:`SlothError` where the pipeline does not run as asked.
     """
-    arguments = settings.arguments(pipe)
+    guided = any(isinstance(spec, NAG) for spec in specs)
+    if guided and settings.negative_prompt is None:
+        raise SlothError("NAG needs a negative prompt: give --negative-prompt")
+    arguments = settings.arguments(pipe, guided=guided)
     steps = 0
 
     def step_done(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +77,8 @@ def paint(pipe: Any, settings: Settings, specs: Sequence[Spec], done: Callable[[
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         arguments["callback_on_step_end"] = step_done
     pipe.set_progress_bar_config(disable=True)
-    with sloth_fx.attach(pipe, list(specs)) if specs else nullcontext():
+    negative = settings.negative_prompt if guided else None
+    with sloth_fx.attach(pipe, list(specs), negative_prompt=negative) if specs else nullcontext():
         try:
             images = pipe(**arguments).images
         except SlothError:

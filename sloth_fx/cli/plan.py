@@ -114,7 +114,7 @@ def _deed(site: SiteCost, step: int) -> str:
         return f"- ({site.site.note})" if site.site.note else "-"
     words = ", ".join(_words(layout))
     merged = site.before.queries - site.steps[step].queries
-    words = ", ".join(filter(None, [words, f"{merged} queries merged" if merged else ""]))
+    words = ", ".join(filter(None, [words, f"{merged} queries merged" if merged > 0 else ""]))
     return f"{'+'.join(site.site.operators)}: {words or 'nothing at this step'}"
 
 
@@ -130,6 +130,8 @@ def _words(layout: KeyLayout) -> Iterator[str]:
         yield f"1 of {layout.frame_window} frames"
     if layout.samples is not None:
         yield f"samples of 1 in {math.prod(layout.samples)} {along or f'({layout.samples[0]}x{layout.samples[1]})'}"
+    if layout.guided:
+        yield "guided"
 
 
 def _show_steps(cost: RunCost) -> None:

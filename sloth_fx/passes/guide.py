@@ -147,9 +147,13 @@ class SharedImage(_Branched):
         if self.key_place is None:
             return query, key, value
         total = key.shape[-2]
-        tokens = total if self.key_place.alone else self.layout.gathered_tokens(self.border)
+        tokens = total if self.key_place.alone else self._keys_of_image()
         start = self.key_place.start(total, tokens)
         return query, self._shared(key, start, tokens), self._shared(value, start, tokens)
+
+    def _keys_of_image(self) -> int:
+        """How many there are, which is fewer where they are pooled."""
+        return self.layout.gathered_tokens(self.border) if self.layout.pooled else self.layout.tokens
 
     def _shared(self, tensor: Tensor, start: int, tokens: int) -> Tensor:
         rows, negative = self.split(tensor)
