@@ -79,12 +79,15 @@ class PromptEncoder:
         self._used = True
         found: dict[str, Tensor] = {}
         place: int | None = None
-        for label, tensor in tensors.items():
-            if tensor.ndim == 0 or tensor.shape[0] != batch:
-                continue
-            for group, part in enumerate(tensor.chunk(groups)):
-                other = next((other for one, other in self._pairs if _same(one, part)), None)
-                if other is not None and label not in found and place in (None, group):
+        parts = [
+            (label, group, part)
+            for label, tensor in tensors.items()
+            if tensor.ndim > 0 and tensor.shape[0] == batch
+            for group, part in enumerate(tensor.chunk(groups))
+        ]
+        for one, other in self._pairs:  # the prompt's come first, and those of the pipeline's own negative prompt later
+            for label, group, part in parts:
+                if label not in found and place in (None, group) and _same(one, part):
                     found[label], place = other, group
         return found, place
 

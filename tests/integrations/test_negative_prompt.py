@@ -107,10 +107,32 @@ def test_each_run_encodes_anew(encoders):
     pipe = stable_diffusion(encoders)
     with sloth_fx.attach(pipe, GUIDED, negative_prompt="a green cross"):
         first, more = run(pipe), run(pipe, PROMPTS[:1], num_images_per_prompt=3)
+        many = run(pipe, num_images_per_prompt=3)
         again = run(pipe)
-    assert more.shape[0] == 3
+        with torch.no_grad():
+            next(pipe.text_encoder.parameters()).mul_(1.5)
+        other = run(pipe)
+    assert (more.shape[0], many.shape[0]) == (3, 6)
     assert torch.equal(first, again)
     assert "encode_prompt" not in vars(pipe)
+    with sloth_fx.attach(pipe, GUIDED, negative_prompt="a green cross"):
+        assert torch.equal(run(pipe), other)
+
+
+@numpy_warning
+def test_encoders_that_always_give_a_negative_prompt_of_their_own(encoders):
+    pipe = stable_diffusion(encoders)
+    with sloth_fx.attach(pipe, GUIDED, negative_prompt="a green cross"):
+        expected = run(pipe, guidance=3.0)
+    own = pipe.encode_prompt
+
+    def encode_prompt(prompt, device, count, guides, negative_prompt=None, **more):
+        return own(prompt, device, count, True, negative_prompt, **more)
+
+    pipe.encode_prompt = encode_prompt
+    with sloth_fx.attach(pipe, GUIDED, negative_prompt="a green cross") as handle:
+        assert torch.equal(run(pipe, guidance=3.0), expected)
+        assert handle.context.rows == ("uncond", "cond")
 
 
 @numpy_warning
