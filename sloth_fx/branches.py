@@ -50,6 +50,7 @@ class Branches(nn.Module):
         state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
         if state == self.done:
             return
+        check_rows(self.arguments, call)
         batch = batch_of(self.arguments, call, len(rows))
         unknown = [name for name in negative.tensors if name not in given]
         if unknown:
@@ -100,6 +101,39 @@ class Branches(nn.Module):
         return tree_map(narrow, result)
 
 
+def check_rows(arguments: Arguments, call: Call) -> None:
+    """Raise :class:`SlothError` unless each text of a call has a row for each of its batch."""
+    batch = batch_of(arguments, call, 1)
+    for name, text in arguments.text(*call).items():
+        if text.shape[0] != batch:
+            raise SlothError(
+                f"the negative text needs rows of its own in the batch, and {name} {tuple(text.shape)} does not have a "
+                f"row for each of the {batch} of the latent"
+            )
+
+
+def check_widens(original: Original, arguments: Arguments, call: Call) -> None:
+    """Raise :class:`SlothError` for a model that does not take more rows than those of a ``call``."""
+    check_rows(arguments, call)
+    skeleton = original.skeleton
+    branches = Branches(original, arguments)
+    branches.batch = batch_of(arguments, call, 1)
+    args, kwargs = skeleton.fake_inputs(call)
+    with skeleton.running():
+        try:
+            skeleton.model(*args, **kwargs)
+        except Exception:
+            return  # it runs on real data alone, and what it does there is seen there
+        args, kwargs = branches.widened(args, kwargs)
+        try:
+            skeleton.model(*args, **kwargs)
+        except Exception as error:
+            raise SlothError(
+                f"the negative text needs rows of its own in the batch, and with more rows {type(skeleton.model).__name__} "
+                f"does not run: {type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+            ) from error
+
+
 def install(model: nn.Module, branches: Branches) -> None:
     """Let ``model`` run its calls with the rows of ``branches``."""
     model.add_module(NAME, branches)
@@ -116,7 +150,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     branches = self._modules[NAME]
     assert isinstance(branches, Branches)
     own: Callable[..., Any] | None = self.__dict__[_UNBRANCHED]
-    guided = branches.layout.guided
+    guided = branches.layout.guided and any(branches.rows)
     if guided:
         args, kwargs = branches.widened(args, kwargs)
     result = own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)

@@ -37,9 +37,9 @@ class Conditioning:
         return tuple(name == CONDITIONAL for name in self.names)
 
     def name_groups(self, names: Any) -> None:
-        """Raises :class:`SlothError` unless ``names`` are strings, with "cond" among them."""
+        """Raises :class:`SlothError` unless ``names`` are strings."""
         given = tuple(names) if isinstance(names, (list, tuple)) else ()
-        if CONDITIONAL not in given or not all(isinstance(name, str) for name in given):
+        if not given or not all(isinstance(name, str) for name in given):
             raise SlothError(f'rows={names!r:.80}: a name for each group of the batch, as in ("uncond", "cond")')
         self.names, self.groups = given, len(given)
 

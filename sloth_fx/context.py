@@ -222,7 +222,8 @@ class TimestepContext:
 
     @property
     def _guides(self) -> bool:
-        return self._conditioning.guide is not None and any(layout.guided for layout in self._current)
+        here = self._conditioning.guide is not None and any(self._conditioning.rows)
+        return here and any(layout.guided for layout in self._current)
 
     def attach(self, plan: SitePlan, operators: list[Operator]) -> None:
         """Take charge of the ``operators`` of one site."""

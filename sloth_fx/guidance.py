@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sloth_fx.branches import check_widens
 from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
@@ -29,7 +30,9 @@ def guided(plan: Plan, found: Survey, call: Call) -> tuple[Plan, dict[str, int]]
     reason = _why_not_beforehand(sites, numbers, found, call)
     if reason is None:
         return plan, numbers
-    return _branched(plan, found, reason), {}
+    branched = _branched(plan, found, reason)
+    check_widens(Original(found.skeleton), Arguments(found.skeleton.model, found.adapter), call)
+    return branched, {}
 
 
 def _softmax(sites: Sequence[AttentionSite]) -> list[AttentionSite]:

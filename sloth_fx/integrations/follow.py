@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sloth_fx.capture.call import labelled_tensors
 from sloth_fx.dynamo import never_compile, outside_graphs
-from sloth_fx.errors import SlothError
 from sloth_fx.integrations.guidance import GroupCounter
 from sloth_fx.integrations.negative_prompt import PromptEncoder
 from sloth_fx.integrations.scheduler import SchedulerReader
@@ -37,6 +37,7 @@ class Follower:
         self._halves = self._context.halves
         self._encoder = encoder
         self._encoded = 0
+        self._told: Any = WeakIdKeyDictionary()  # by text tensor, which groups are the prompt's
         self._names = list(inspect.signature(model.forward).parameters)
         self._outside = outside_graphs(_follow)
         never_compile(Follower.before_forward)
@@ -70,24 +71,30 @@ class Follower:
             self._halves = self._groups.count(pipe, latent, self._scheduler.runs)
             if context.halves != self._halves:
                 context.halves = self._halves
-        if self._encoder is not None and self._encoder.runs != self._encoded:
+        if self._encoder is not None:
             self._take_negative(self._encoder, args, kwargs)
 
     def _take_negative(self, encoder: PromptEncoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell the context the negative text of this run, and which rows are the prompt's."""
+        """Tell the context the negative text of this run, and which rows of this call are the prompt's: none, where a
+        pipeline calls the model once for each conditioning."""
+        if encoder.runs != self._encoded:
+            self._told, self._encoded = WeakIdKeyDictionary(), encoder.runs
+        texts = [each for each in self._arguments.text(args, kwargs).values() if isinstance(each, Tensor)]
+        known = next((self._told[each] for each in texts if each in self._told), None)
+        if known is None:
+            known = self._compared(encoder, args, kwargs)
+            self._told.update((each, known) for each in texts)
+        self._context.rows = known
+
+    def _compared(self, encoder: PromptEncoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tensors = {name: each for name, each in labelled_tensors(_nothing, (), given) if isinstance(each, Tensor)}
         latent = self._arguments.latent(args, kwargs)
         groups = self._context.halves
         found, place = encoder.read(tensors, groups, len(latent) if isinstance(latent, Tensor) else 0)
-        if place is None:
-            raise SlothError(
-                f"none of the arguments of this call ({', '.join(tensors)}) is what encode_prompt has given: attach "
-                "without negative_prompt, and give its embeddings with set_negative of the handle's context"
-            )
-        self._context.rows = ["cond" if group == place else "uncond" for group in range(groups)]
-        self._context.take_negative(found)
-        self._encoded = encoder.runs
+        if place is not None:
+            self._context.take_negative(found)
+        return tuple("cond" if group == place else "uncond" for group in range(groups))
 
     def _drives(self) -> bool:
         return not self._context.driven or self._context.moment is self._moment

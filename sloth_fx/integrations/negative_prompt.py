@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,11 @@ class PromptEncoder:
             )
         self._pipe = weakref.ref(pipe)
         self._prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._encoded: list[_Encoded] = []
         self._used = False
         self.runs = 0
         """How often a prompt was encoded."""
+        self._before = vars(pipe).get("encode_prompt")  # somebody else's, on this pipeline alone
         pipe.encode_prompt = self.encode_prompt
 
     def stop(self) -> None:
@@ -44,6 +45,8 @@ class PromptEncoder:
         pipe = self._pipe()
         if pipe is not None and pipe.__dict__.get("encode_prompt") == self.encode_prompt:
             del pipe.encode_prompt
+            if self._before is not None:
+                pipe.encode_prompt = self._before
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline's own gives; what it gives for the negative prompt is kept."""
@@ -64,37 +67,63 @@ class PromptEncoder:
                 given.arguments[name] = 1
         negative = self._encode(*given.args, **given.kwargs)
         if self._used:
-            self._pairs, self._used = [], False
-        self._pairs += [
-            (one, other)
-            for one, other in zip(_flat(found), _flat(negative), strict=False)
-            if isinstance(one, Tensor) and isinstance(other, Tensor)
+            self._encoded, self._used = [], False
+        ones, others = (list(_tensors(each)) for each in (found, negative))
+        self._encoded += [
+            _Encoded(one, others[index] if index < len(others) else None, index == 0)
+            for index, one in enumerate(ones)
+            if one is not None
         ]
         self.runs += 1
         return found
 
     def read(self, tensors: Mapping[str, Tensor], groups: int, batch: int) -> tuple[dict[str, Tensor], int | None]:
         """The negative text by the labels of the ``tensors`` of a call whose ``batch`` has so many ``groups``, and the
-        number of that group which is the prompt's."""
+        number of that group which is the prompt's; ``None`` if the call is for another text that was encoded.
+
+        Raises :class:`SlothError` where what was encoded is not among the ``tensors``.
+        """
         self._used = True
-        found: dict[str, Tensor] = {}
-        place: int | None = None
         parts = [
             (label, group, part)
             for label, tensor in tensors.items()
             if tensor.ndim > 0 and tensor.shape[0] == batch
             for group, part in enumerate(tensor.chunk(groups))
         ]
-        for one, other in self._pairs:  # the prompt's come first, and those of the pipeline's own negative prompt later
-            for label, group, part in parts:
-                if label not in found and place in (None, group) and _same(one, part):
-                    found[label], place = other, group
+        matches = [
+            (each, label, group) for each in self._encoded for label, group, part in parts if each.is_given(part)
+        ]
+        if not matches:
+            raise SlothError(
+                f"none of the arguments of this call ({', '.join(tensors)}) is what encode_prompt has given: attach "
+                "without negative_prompt, and give its embeddings with set_negative of the handle's context"
+            )
+        place = next((group for each, _, group in matches if each.leads), None)
+        found: dict[str, Tensor] = {}
+        for each, label, group in matches:
+            if group == place and each.negative is not None:
+                found.setdefault(label, each.negative)
         return found, place
 
 
-def _flat(result: Any) -> list[Any]:
-    return list(result) if isinstance(result, (list, tuple)) else [result]
+class _Encoded(NamedTuple):
+    """A tensor that was encoded, and its like for the negative prompt. The first of them ``leads``: it is the text."""
+
+    positive: Tensor
+    negative: Tensor | None
+    leads: bool
+
+    def is_given(self, part: Tensor) -> bool:
+        one = self.positive
+        return one.shape == part.shape and torch.equal(one.to(part.device, part.dtype), part)
 
 
-def _same(one: Tensor, part: Tensor) -> bool:
-    return one.shape == part.shape and torch.equal(one.to(part.device, part.dtype), part)
+def _tensors(result: Any) -> Iterator[Tensor | None]:
+    """The tensors of a result in order, ``None`` for what is none."""
+    if isinstance(result, Mapping):
+        result = tuple(result.values())
+    if isinstance(result, (list, tuple)):
+        for each in result:
+            yield from _tensors(each)
+    else:
+        yield result if isinstance(result, Tensor) else None

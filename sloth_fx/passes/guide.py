@@ -69,7 +69,7 @@ class GuidedAttention(nn.Module):
         if causal:
             options[causal_name(self.attend)] = True
         out = self.attend(query, key, value, *([] if mask is None else [mask]), **options)
-        if not self.layout.guided:
+        if not self.layout.guided or not any(self.rows):
             return out
         if self.key is None or self.value is None:
             raise SlothError(f"{self.site}: the negative text is not known; call set_negative of the context first")
@@ -141,7 +141,7 @@ class SharedImage(_Branched):
         self.border = border
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.layout.guided:
+        if not self.layout.guided or not any(self.rows):
             return query, key, value
         query = self._shared(query, *self.image_of_queries(query))
         if self.key_place is None:
@@ -176,7 +176,7 @@ class GuidedResult(_Branched):
         self.folded_heads = folded_heads
 
     def forward(self, out: Tensor) -> Tensor:
-        if not self.layout.guided:
+        if not self.layout.guided or not any(self.rows):
             return out
         start, tokens = self.image_of_queries(out)
         rows, negative = self.split(out)

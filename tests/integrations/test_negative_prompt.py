@@ -173,3 +173,33 @@ def test_what_cannot_be(encoders):
     pipe.encode_prompt = None
     with pytest.raises(SlothError, match="has no encode_prompt"):
         sloth_fx.attach(pipe, GUIDED, negative_prompt="a cross")
+
+
+@numpy_warning
+def test_a_pipeline_that_calls_its_model_once_for_each_text():
+    pipe, given = pipelines.wan()
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        del given[name]
+
+    def embedded(texts: list[str]) -> torch.Tensor:
+        return torch.stack([pipelines.noise(7, 24, seed=len(each)) for each in texts])
+
+    def encode_prompt(prompt, negative_prompt=None, do_classifier_free_guidance=True, **more):
+        others = embedded(["none"] * len(prompt)) if do_classifier_free_guidance else None
+        return embedded(prompt), others
+
+    def painted() -> torch.Tensor:
+        given["generator"].manual_seed(7)
+        return pipe(prompt=PROMPTS, negative_prompt=None, **given).frames
+
+    pipe.encode_prompt = encode_prompt
+    plain = painted()
+    calls = []
+    with sloth_fx.attach(pipe, GUIDED, negative_prompt=PROMPTS):
+        torch.testing.assert_close(painted(), plain, atol=1e-4, rtol=1e-4)
+    with sloth_fx.attach(pipe, GUIDED, negative_prompt="a green cross") as handle:
+        for model in handle.models.values():
+            context = sloth_fx.context(model)
+            model.blocks[0].register_forward_pre_hook(lambda _, args, context=context: calls.append(context.rows))
+        assert not torch.allclose(painted(), plain, atol=1e-2)
+    assert calls == [("cond",), ("uncond",)] * 4

@@ -1,0 +1,91 @@
+"""What a negative text costs at each step: NAG against the denoiser as it is.
+
+    python benchmarks/guidance.py
+    python benchmarks/guidance.py --models sdxl pixart --sizes 1024
+    python benchmarks/guidance.py --device cuda --compile blocks
+
+Sides, over the same weights and in one interleaved run:
+    unguided         the model as it is
+    NAG              the negative keys and values are computed before the first lap, as they are once for each prompt
+    NAG, at its end  the same model past its stop
+    two branches     the model at twice the batch, which is what classifier-free guidance costs
+
+Where the text changes with the image (sd3), the negative text has rows of its own, and NAG costs as much as two branches.
+Targets: at most 3 % more where keys are at hand, at SDXL, PixArt-Sigma and Wan 2.1. Transformers are cut to --layers;
+the share that guidance adds does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from common import Table, in_mode, interleave, modes, parse, parser, publish, sharing_copy, warmups
+from peer_models import MODELS, arguments_for, call, denoiser
+from torch import Tensor, nn
+
+import sloth_fx
+
+TEXT = "encoder_hidden_states"
+STOP = 0.5
+
+
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__, runs=9)
+    options.add_argument("--models", nargs="+", choices=MODELS)
+    options.add_argument("--layers", type=int, metavar="N", help="of transformers; 4 on a CPU, else (0) all")
+    return parse(
+        options,
+        cpu={"models": ["sd15", "pixart", "sd3"], "sizes": [512], "layers": 4},
+        gpu={"models": list(MODELS), "sizes": [1024], "layers": 0},
+    )
+
+
+def twice(value: Any, batch: int) -> Any:
+    """Arguments for two branches."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.ndim > 0 and value.shape[0] == batch else value
+    return {name: twice(each, batch) for name, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def sides_of(model: nn.Module, example: dict[str, Any], mode: str, batch: int) -> dict[str, Callable[[], Any]]:
+    patched = sloth_fx.transform(model, sloth_fx.NAG(stop=STOP), example_inputs=example)
+    context = sloth_fx.context(patched)
+    context.set_negative(**{TEXT: torch.randn_like(example[TEXT])})
+    run = in_mode(patched, mode)
+
+    def at(progress: float) -> Any:
+        context.at(progress)
+        return call(run, example)
+
+    return {
+        "unguided": partial(call, in_mode(sharing_copy(model), mode), example),
+        "NAG": partial(at, 0.0),
+        "NAG, at its end": partial(at, STOP),
+        "two branches": partial(call, in_mode(sharing_copy(model), mode), twice(example, batch)),
+    }
+
+
+def main() -> None:
+    options = arguments()
+    table = Table("model", "pixels", "mode", "side", "ms (p20 to p80)", "times unguided", "runs")
+    for name in options.models:
+        for size in options.sizes:
+            model = denoiser(name, size, options)
+            example = arguments_for(name, model, size, options)
+            for mode in modes(options):
+                torch.compiler.reset()
+                sides = sides_of(model, example, mode, options.batch)
+                warmup = max(1, warmups(options, mode))  # the negative keys are computed in the first lap
+                timing = interleave(sides, options, warmup=warmup, what=f"guidance, {name}, {size} pixels, {mode}")
+                for side in sides:
+                    ratio = "" if side == "unguided" else f"{timing.ratio(side, 'unguided'):.3f}"
+                    table.add(name, str(size), mode, side, timing.ms(side), ratio, str(timing.runs))
+    publish(options, "guidance", table)
+
+
+if __name__ == "__main__":
+    main()
