@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sloth_fx.branching import positive_of
 from sloth_fx.capture.call import read_call
 from sloth_fx.copying import copy_module
 from sloth_fx.dynamo import get_eval_frame_callback, outside_graphs
@@ -167,7 +168,7 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
                 return variant.function(self, *tensors)
         if variants.others(self, form, tensors):
             return original(self, *args, **kwargs)
-        return variants.add(self, args, kwargs).function(self, *tensors)
+        return variants.add(self, *positive_of((args, kwargs))).function(self, *tensors)
 
     return forward
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from sloth_fx.branching import Pair, positive_of
 from sloth_fx.capture.capture import Call
+from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Negative, Original, batch_of
@@ -36,6 +38,7 @@ class Branches(nn.Module):
         self.rows: Rows = (True,)
         self.batch = 0
         self.negative: dict[str, Tensor] = {}  # by name, of the rows that are added; no state of the model
+        self.shares = False
         self.done: Any = None
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
@@ -67,7 +70,7 @@ class Branches(nn.Module):
                     f"the negative {name} has {own.shape[1]} tokens and the other {given[name].shape[1]}: they pass "
                     "this model side by side, so pad them to the same length"
                 )
-            found[name] = picked(own, rows, batch)
+            found[name] = own if self.shares else picked(own, rows, batch)
         self.negative, self.batch, self.done = found, batch, state
 
     def widened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -81,6 +84,8 @@ class Branches(nn.Module):
     def _widened(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             more = self.negative.get(name)
+            if self.shares:
+                return value if more is None else self._paired(value, more)
             if more is None and value.ndim > 0 and value.shape[0] == self.batch:
                 more = picked(value, self.rows, self.batch)
             return value if more is None else torch.cat([value, more])
@@ -90,8 +95,17 @@ class Branches(nn.Module):
             return type(value)(self._widened(f"{name}_{index}", item) for index, item in enumerate(value))
         return value
 
+    def _paired(self, text: Tensor, negative: Tensor) -> Pair:
+        """Both texts; where a row is not guided, they are the same."""
+        if all(self.rows):
+            return Pair(text, negative)
+        parts = zip(text.chunk(len(self.rows)), negative.chunk(len(self.rows)), self.rows, strict=True)
+        return Pair(text, torch.cat([other if guided else own for own, other, guided in parts]))
+
     def narrowed(self, result: Any) -> Any:
         """The result without the rows of the negative text."""
+        if self.shares:
+            return positive_of(result)
         total = self.batch + self.batch // len(self.rows) * sum(self.rows)
 
         def narrow(value: Any) -> Any:
@@ -129,9 +143,33 @@ def check_widens(original: Original, arguments: Arguments, call: Call) -> None:
             skeleton.model(*args, **kwargs)
         except Exception as error:
             raise SlothError(
-                f"the negative text needs rows of its own in the batch, and with more rows {type(skeleton.model).__name__} "
-                f"does not run: {type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+                "the negative text needs rows of its own in the batch, and with more rows "
+                f"{type(skeleton.model).__name__} does not run: {type(error).__name__}: {str(error).strip():.200}"
             ) from error
+
+
+def why_not_shared(model: nn.Module, call: Call) -> str | None:
+    """Why calls of ``model``, patched and with branches, cannot compute once what both texts have in common: tried on a
+    copy without data."""
+    skeleton = Skeleton(model)
+    fake = skeleton.fake_inputs(call)
+    for module in skeleton.model.modules():
+        if hasattr(module, "layout"):
+            module.layout = module.layout._replace(guided=True)
+        if hasattr(module, "shares"):
+            module.shares = True
+    branches = skeleton.model._modules[NAME]
+    assert isinstance(branches, Branches)
+    text = [id(each) for each in branches.arguments.text(*fake).values()]
+    labelled = branches.original.labelled(fake)
+    branches.negative = {name: each for name, each in labelled.items() if id(each) in text or "pooled" in name}
+    try:
+        with skeleton.running():
+            skeleton.model(*fake[0], **fake[1])
+    except Exception as error:  # whatever the host's Python does with what stands for a tensor
+        reason = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+    return None
 
 
 def install(model: nn.Module, branches: Branches) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sloth_fx.branches import check_widens
 from sloth_fx.capture.capture import Call
@@ -17,22 +17,34 @@ from sloth_fx.planner import reads_text
 from sloth_fx.site import AttentionSite
 
 
-def guided(plan: Plan, found: Survey, call: Call) -> tuple[Plan, dict[str, int]]:
-    """The plan with the way that the negative text takes, and the numbers of all sites in the graph of the whole model,
-    where it takes keys and values at hand.
+@dataclass(frozen=True)
+class Guidance:
+    """A plan with the way that the negative text takes.
+
+    Where its keys and values can be had beforehand, ``numbers`` are those of all sites in the graph of the whole model;
+    otherwise ``reason`` says why it needs rows of its own.
+    """
+
+    plan: Plan
+    numbers: dict[str, int]
+    reason: str | None = None
+
+
+def guidance_for(plan: Plan, found: Survey, call: Call) -> Guidance:
+    """How the negative text comes to the sites that ``plan`` guides, if any.
 
     ``call`` is what the model was located with. Raises :class:`SlothError` where neither is possible.
     """
     sites = [each for each in plan.sites if each.guiding is not None]
     if not sites:
-        return plan, {}
+        return Guidance(plan, {})
     numbers = {site.name: index for index, site in enumerate(_softmax(found.sites))}
     reason = _why_not_beforehand(sites, numbers, found, call)
     if reason is None:
-        return plan, numbers
+        return Guidance(plan, numbers)
     branched = _branched(plan, found, reason)
     check_widens(Original(found.skeleton), Arguments(found.skeleton.model, found.adapter), call)
-    return branched, {}
+    return Guidance(branched, {}, reason)
 
 
 def _softmax(sites: Sequence[AttentionSite]) -> list[AttentionSite]:

@@ -80,6 +80,16 @@ class Original:
         """The names of the first ``count`` parameters."""
         return list(inspect.signature(self.skeleton.model.forward).parameters)[:count]
 
+    def follow(self, model: nn.Module) -> None:
+        """Take over the dtypes that the weights of ``model`` have by now."""
+        for name, module in self.skeleton.model.named_modules():
+            now = model.get_submodule(name)
+            for mine, theirs in ((module._parameters, now._parameters), (module._buffers, now._buffers)):
+                for key, tensor in mine.items():
+                    other = theirs.get(key)
+                    if tensor is not None and other is not None and tensor.dtype != other.dtype:
+                        mine[key] = self.skeleton.fake(other)  # type: ignore[assignment]
+
     def slice(self, call: Call, text: Sequence[str]) -> tuple[TextKeyValues, list[AttentionCore]]:
         """What gives keys and values from the inputs ``text`` alone, for calls like this one; and all attentions."""
         whole = capture_whole(self.skeleton, call)
@@ -110,20 +120,21 @@ class NegativeKeys:
         batch = batch_of(self.arguments, call, len(rows))
         own = {name: negative.rows(name, given.get(name), len(rows), batch) for name in negative.tensors}
         other = _replaced(self.original, call, negative, own)
-        found = self._slice(other, own)
         bring_weights(model)
+        found = self._slice(model, other, own)
         with torch.no_grad():
             keys = found(model, *(own[name] for name in found.text))
         for core, operator in self.operators.items():
             operator.set_negative(*keys[core])
         self.done = state
 
-    def _slice(self, call: Call, own: Mapping[str, Tensor]) -> TextKeyValues:
-        pattern, _ = read_call(*call)
+    def _slice(self, model: nn.Module, call: Call, own: Mapping[str, Tensor]) -> TextKeyValues:
+        pattern = read_call(*call)[0], *(each.dtype for each in own.values())
         for known, found in self.slices:
             shapes = tuple(own[name].shape for name in found.text if name in own)
             if known == pattern and len(shapes) == len(found.text) and found.shapes in (None, shapes):
                 return found
+        self.original.follow(model)
         found, _ = self.original.slice(call, list(own))
         missing = [found.reasons[number] for number in self.operators if number in found.reasons]
         if missing:

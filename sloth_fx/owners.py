@@ -14,7 +14,7 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
 from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.guide import GuidedAttention, GuidedResult, SharedImage
+from sloth_fx.passes.guide import BranchedAttention, GuidedAttention, GuidedResult, SharedImage
 from sloth_fx.passes.merge_tokens import MergedAttention
 from sloth_fx.passes.reduce_kv import KeyValueReduction
 from sloth_fx.passes.tile_queries import TiledAttention
@@ -22,7 +22,15 @@ from sloth_fx.plan import SitePlan
 from sloth_fx.rewrite import Rewritten, merged_attention, merging_of, operator_name, rewrite
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
-Operator = KeyValueReduction | TiledAttention | MergedAttention | GuidedAttention | SharedImage | GuidedResult
+Operator = (
+    KeyValueReduction
+    | TiledAttention
+    | MergedAttention
+    | GuidedAttention
+    | SharedImage
+    | GuidedResult
+    | BranchedAttention
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,10 @@ def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout
             border=plan.pooling.border,
         )
         result = GuidedResult(site.name, plan.guiding, neutral, query_place=site.query_place, folded_heads=folded_heads)
-        return {operator_name("share", core, visit): share, name: result}
+        made: dict[str, Operator] = {operator_name("share", core, visit): share, name: result}
+        if plan.attends_whole:
+            made[operator_name("attend", core, visit)] = BranchedAttention(rewritten.attend[core], neutral)
+        return made
     if plan.guiding is not None:
         attend = rewritten.attend[core]
         return {name: GuidedAttention(site.name, attend, plan.guiding, neutral, folded_heads=folded_heads)}

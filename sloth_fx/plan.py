@@ -121,9 +121,14 @@ class SitePlan:
         )
 
     @property
+    def attends_whole(self) -> bool:
+        """Whether the host's own attention is called, with all queries."""
+        return self.tiling is None and self.merging is None
+
+    @property
     def needs_no_grid(self) -> bool:
         """Whether all that is done here is the same for tokens in any order."""
-        return not self.reduces and self.tiling is None and self.merging is None
+        return not self.reduces and self.attends_whole
 
     @property
     def level(self) -> int:

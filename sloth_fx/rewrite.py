@@ -105,7 +105,8 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
         core, place = reduce_kv(graph, core, name, owner, image_tokens=tokens, level=level)
         done.append(f"keys and values reduced {place}")
     if plan.branching is not None:
-        core = branch(graph, core, *(operator_name(deed, site.core, visit) for deed in ("share", "guide")))
+        share, result, attend = (operator_name(deed, site.core, visit) for deed in ("share", "guide", "attend"))
+        core = branch(graph, core, share, result, attend if plan.attends_whole else None)
         done.append("guided by a negative text with rows of its own" if plan.guiding is not None else "not guided")
     if plan.tiling is not None:
         name = operator_name("tile", site.core, visit)
@@ -151,7 +152,7 @@ def _shapes_fit(graph: fx.Graph, owner: nn.Module, skeleton: Skeleton) -> bool:
                 target = str(node.target) if node.op == "call_module" else ""
                 if target.startswith("sloth_share"):
                     node.meta["hint"] = tuple(each.meta["hint"] for each in node.args)
-                elif target.startswith(("sloth_tile", "sloth_guide")):
+                elif target.startswith(("sloth_tile", "sloth_guide", "sloth_attend")):
                     node.meta["hint"] = node.args[0].meta["hint"]
                 elif node.op not in ("placeholder", "output"):
                     node.meta["hint"] = evaluate(node, owner, skeleton.mode)

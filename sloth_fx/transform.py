@@ -9,11 +9,11 @@ from typing import Any, get_args
 from torch import nn
 
 from sloth_fx.bind import bind, clone
-from sloth_fx.branches import Branches, install
+from sloth_fx.branches import Branches, install, why_not_shared
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import RefusedInputsError, SlothError
-from sloth_fx.guidance import guided
+from sloth_fx.guidance import guidance_for
 from sloth_fx.locate import as_call, survey
 from sloth_fx.model_adapters import Arguments, adapter_for, is_known, trial_call
 from sloth_fx.negative import NegativeKeys, Original
@@ -98,7 +98,8 @@ class _Request:
 
     def __call__(self, model: nn.Module, patch: Patch, call: Call) -> None:
         found = survey(model, adapter_for(model), call)
-        plan, numbers = guided(make_plan(self.specs, found.sites, strict=self.strict), found, call)
+        guidance = guidance_for(make_plan(self.specs, found.sites, strict=self.strict), found, call)
+        plan = guidance.plan
         if self.phases is not None and len(clocks(plan.sites)) > 1:
             raise SlothError("phases= needs one clock, and these specs follow both progress and sigma: use phases=None")
 
@@ -109,7 +110,7 @@ class _Request:
             try:
                 done[path] = rewriter.rewrite(path, plans)
             except SlothError as error:
-                if self.strict:
+                if self.strict or guidance.reason is not None:  # a negative text has to pass all sites, or none
                     raise SlothError(f"{path}: {error}") from error
                 notes.update({each.site.name: str(error) for each in plans.values()})
 
@@ -129,11 +130,11 @@ class _Request:
                     operators |= made
                     patch.context.attach(each, list(made.values()))
                     guiding = [operator for operator in made.values() if isinstance(operator, GuidedAttention)]
-                    keys.operators.update((numbers[each.site.name], operator) for operator in guiding)
+                    keys.operators.update((guidance.numbers[each.site.name], operator) for operator in guiding)
                     for number in visit.served[core]:
                         name = plans[number].site.name
                         acting[name] = tuple(type(spec).__name__ for spec in each.specs)
-                        notes[name] = rewritten.done[core]
+                        notes[name] = rewritten.done[core] + (f" ({guidance.reason})" if each.branching else "")
                 patch.graphs[path] = rewritten.graph
             bind(model.get_submodule(path), owner.forward, operators)
         if keys.operators:
@@ -142,6 +143,10 @@ class _Request:
         if branching is not None:
             branches = Branches(keys.original, keys.arguments)
             install(model, branches)
+            shares = why_not_shared(model, call) is None
+            for module in model.modules():
+                if hasattr(module, "shares"):
+                    module.shares = shares
             patch.context.attach(branching, [branches])
             patch.context.guided_by(branches)
         if found.latent is not None:

@@ -40,7 +40,7 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
 
 
 def _pattern(value: Any, tensors: list[Any], deep: int = DEEPEST) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__"):  # or what stands for one
         tensors.append(value)
         return ...
     if value is None or isinstance(value, (bool, str)):

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from sloth_fx.branching import Branched, attend_branches
 from sloth_fx.errors import SlothError
 from sloth_fx.guidance_specs import NAG
 from sloth_fx.operators import Attend, KeyLayout, normalized_guidance
@@ -92,8 +94,30 @@ class GuidedAttention(nn.Module):
         return str(self.guidance)
 
 
-class _Branched(nn.Module):
-    """Knows which rows of a batch belong to the negative text, and where the image lies in its tokens."""
+class BranchedAttention(nn.Module):
+    """The host's attention, which attends only once what both texts have in common."""
+
+    def __init__(self, attend: Attend, layout: KeyLayout) -> None:
+        super().__init__()
+        self.attend = attend
+        self.layout = layout
+
+    def set_layout(self, layout: KeyLayout, halves: int) -> None:
+        self.layout = layout
+
+    def forward(
+        self, query: Any, key: Any, value: Any, mask: Any = None, causal: bool = False, **options: Any
+    ) -> Tensor | Branched:
+        if causal:
+            options[causal_name(self.attend)] = True
+        return attend_branches(self.attend, query, key, value, mask, **options)
+
+
+class _Branches(nn.Module):
+    """Knows which rows of a batch belong to the negative text, and where the image lies in its tokens.
+
+    With ``shares`` that text has no rows: it comes as :class:`sloth_fx.branching.Branched` values.
+    """
 
     def __init__(self, site: str, layout: KeyLayout, *, query_place: Place, key_place: Place | None) -> None:
         super().__init__()
@@ -102,6 +126,7 @@ class _Branched(nn.Module):
         self.query_place = query_place
         self.key_place = key_place
         self.rows: Rows = (True,)
+        self.shares = False
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
@@ -121,7 +146,7 @@ class _Branched(nn.Module):
         return self.query_place.start(total, tokens), tokens
 
 
-class SharedImage(_Branched):
+class SharedImage(_Branches):
     """Gives rows of the negative text the image of the rows that they guide: (query, key, value) as they come in.
 
     ``key_place`` tells where the image lies in the keys, ``None`` that these are of text alone. ``border`` is that of
@@ -141,7 +166,7 @@ class SharedImage(_Branched):
         self.border = border
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.layout.guided or not any(self.rows):
+        if not self.layout.guided or not any(self.rows) or self.shares:
             return query, key, value
         query = self._shared(query, *self.image_of_queries(query))
         if self.key_place is None:
@@ -162,7 +187,7 @@ class SharedImage(_Branched):
         return torch.cat([*rows, *(_with(row, image, start) for row, image in zip(negative, images, strict=True))])
 
 
-class GuidedResult(_Branched):
+class GuidedResult(_Branches):
     """Guides the image of an attention's result, and lets the rows of the negative text go on with it as well.
 
     Without ``guidance`` they go on with what the others read.
@@ -175,10 +200,12 @@ class GuidedResult(_Branched):
         self.guidance = guidance
         self.folded_heads = folded_heads
 
-    def forward(self, out: Tensor) -> Tensor:
+    def forward(self, out: Any) -> Any:
         if not self.layout.guided or not any(self.rows):
             return out
         start, tokens = self.image_of_queries(out)
+        if self.shares:
+            return self._guided(out, start, start + tokens)
         rows, negative = self.split(out)
         found = list(rows)
         for index, row in zip(_guided(self.rows), negative, strict=True):
@@ -189,36 +216,61 @@ class GuidedResult(_Branched):
             found.append(_with(row, image, start))
         return torch.cat(found)
 
+    def _guided(self, out: Any, start: int, stop: int) -> Any:
+        if not isinstance(out, Branched):
+            return out
+        both = out[..., start:stop, :]
+        if not isinstance(both, Branched):
+            return out
+        image = both.positive
+        if self.guidance is not None:
+            pairs = zip(*(groups(each, self.rows, self.site) for each in (image, both.negative)), strict=True)
+            found = [
+                guided_by(positive, negative, self.guidance, self.folded_heads) if taken else positive
+                for (positive, negative), taken in zip(pairs, self.rows, strict=True)
+            ]
+            image = found[0] if len(found) == 1 else torch.cat(found)
+        parts = [out[..., :start, :], image, out[..., stop:, :]]
+        kept = [part for part in parts if part.shape[-2] > 0]
+        return image if len(kept) == 1 else torch.cat(kept, dim=-2)
+
     def extra_repr(self) -> str:
         return str(self.guidance)
 
 
 def guide(graph: fx.Graph, core: AttentionCore, name: str) -> str:
     """Replace ``core`` by a call of ``self.<name>``, a :class:`GuidedAttention`, and say what was done."""
-    causal = causal_of(core)
-    masks = (core.mask, causal) if causal is not False else (core.mask,) if core.mask is not None else ()
-    with graph.inserting_before(core.node):
-        guided = graph.call_module(name, (core.query, core.key, core.value, *masks), core.options)
-    core.node.replace_all_uses_with(guided)
-    graph.erase_node(core.node)
+    _replace(graph, core, name)
     graph.lint()
     return "guided by a negative text, whose keys and values are computed once"
 
 
-def branch(graph: fx.Graph, core: AttentionCore, share: str, result: str) -> AttentionCore:
+def branch(graph: fx.Graph, core: AttentionCore, share: str, result: str, attend: str | None) -> AttentionCore:
     """Put ``self.<share>``, a :class:`SharedImage`, before ``core``, and ``self.<result>``, a :class:`GuidedResult`,
-    after it."""
+    after it; and ``self.<attend>``, a :class:`BranchedAttention`, in its place, if it is given."""
     with graph.inserting_before(core.node):
         shared = graph.call_module(share, (core.query, core.key, core.value))
         query, key, value = (graph.call_function(operator.getitem, (shared, index)) for index in range(3))
         for new, old in ((query, core.query), (key, core.key), (value, core.value)):
-            new.meta["hint"] = old.meta["hint"]
+            if "hint" in old.meta:  # not what another pass has just put there
+                new.meta["hint"] = old.meta["hint"]
     core = core.replace(query=query, key=key, value=value)
     with graph.inserting_after(core.node):
         guided = graph.call_module(result, (core.node,))
     core.node.replace_all_uses_with(guided, delete_user_cb=lambda user: user is not guided)
+    if attend is not None:
+        _replace(graph, core, attend)
     graph.lint()
     return core
+
+
+def _replace(graph: fx.Graph, core: AttentionCore, name: str) -> None:
+    causal = causal_of(core)
+    masks = (core.mask, causal) if causal is not False else (core.mask,) if core.mask is not None else ()
+    with graph.inserting_before(core.node):
+        new = graph.call_module(name, (core.query, core.key, core.value, *masks), core.options)
+    core.node.replace_all_uses_with(new)
+    graph.erase_node(core.node)
 
 
 def groups(tensor: Tensor, rows: Rows, site: str) -> Sequence[Tensor]:
