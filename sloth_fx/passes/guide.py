@@ -245,7 +245,7 @@ def guide(graph: fx.Graph, core: AttentionCore, name: str) -> str:
     return "guided by a negative text, whose keys and values are computed once"
 
 
-def branch(graph: fx.Graph, core: AttentionCore, share: str, result: str, attend: str | None) -> AttentionCore:
+def branch(graph: fx.Graph, core: AttentionCore, share: str, result: str, attend: str | None = None) -> AttentionCore:
     """Put ``self.<share>``, a :class:`SharedImage`, before ``core``, and ``self.<result>``, a :class:`GuidedResult`,
     after it; and ``self.<attend>``, a :class:`BranchedAttention`, in its place, if it is given."""
     with graph.inserting_before(core.node):

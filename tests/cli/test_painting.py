@@ -1,6 +1,7 @@
 """``sloth-fx generate`` and ``sloth-fx compare``, with a tiny pipeline of random weights."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,31 @@ def test_painted_with_and_without(pipe, spec):
     with sloth_fx.attach(pipe, specs):
         expected = pipe(**SETTINGS.arguments(pipe)).images
     assert np.array_equal(patched[0], expected[0])
+
+
+def test_a_negative_prompt_in_attention(pipe, run, pipeline, tmp_path):
+    nag = sloth_fx.NAG(scale=9.0, alpha=1.0)
+    settings = replace(SETTINGS, negative_prompt="xyz", guidance=1.0)
+    plain, guided = (paint(pipe, settings, specs, lambda: None)[0] for specs in ([], [nag]))
+    assert not np.array_equal(plain, guided)
+    with pytest.raises(sloth_fx.SlothError, match="give --negative-prompt"):
+        paint(pipe, SETTINGS, [nag], lambda: None)
+    spec, output = tmp_path / "nag.json", tmp_path / "out.png"
+    spec.write_text(json.dumps(nag.to_dict()))
+    with_prompt = ("--negative-prompt", "xyz", "--guidance", 1, "-o", output)
+    assert run("generate", pipeline, *COMMON, "--spec", spec, *with_prompt).code == 0
+    assert read_specs(output) == [nag]
+
+
+def test_pipelines_without_a_negative_prompt_of_their_own():
+    class Few:
+        def __call__(self, prompt, num_inference_steps, generator):
+            raise AssertionError
+
+    settings = Settings(prompt="a", negative_prompt="b")
+    assert settings.arguments(Few(), guided=True).keys() == {"prompt", "num_inference_steps", "generator"}
+    with pytest.raises(sloth_fx.SlothError, match="takes no negative_prompt"):
+        settings.arguments(Few())
 
 
 def test_each_image_has_a_seed_of_its_own(pipe):

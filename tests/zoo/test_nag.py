@@ -1,0 +1,82 @@
+"""NAG across the zoo: a dozen families, by either way, against two branches computed by brute force."""
+
+import math
+
+import pytest
+import torch
+
+import sloth_fx
+from tests.two_branches import CROSS, ReadsText, in_order, two_branches
+from tests.zoo.compare import at, difference
+from tests.zoo.count import watch
+from tests.zoo.registry import MODELS, run, shared
+
+SPEC = sloth_fx.NAG(scale=4.0, tau=2.0, alpha=0.5)
+TEXT, MASK, IMAGE = "encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_image"
+# What a negative text consists of, and whether keys and values of it are had beforehand.
+FAMILIES = {
+    "UNet2DConditionModel/textmask": ((TEXT, MASK), True),
+    "UVit2DModel": ((TEXT,), True),
+    "SanaTransformer2DModel": ((TEXT, MASK), True),
+    "LTXVideoTransformer3DModel": ((TEXT, MASK), True),
+    "WanTransformer3DModel/i2v": ((TEXT, IMAGE), True),  # keys of an image lie in front of the text, and are cut off
+    "ControlNetModel": ((TEXT,), True),
+    "UNet2DConditionModel/simplecross": ((TEXT,), False),  # queries of the image alone
+    "SD3Transformer2DModel/sd35": ((TEXT,), False),  # attention to the image alone in between
+    "FluxTransformer2DModel/kontext": ((TEXT,), False),  # a reference image
+    "QwenImageTransformer2DModel": ((TEXT,), False),
+    "AuraFlowTransformer2DModel": ((TEXT,), False),  # registers
+    "PRXTransformer2DModel": ((TEXT,), False),
+    "HunyuanVideoTransformer3DModel": ((TEXT,), False),  # text that attends to itself
+}
+REFUSED = {
+    "UNet2DModel": "NAG needs cross-attention or joint attention of image tokens to text",
+    "ZImageTransformer2DModel": "does not have a row for each",
+    "Lumina2Transformer2DModel": "which of its tokens are the image's is not known",
+}
+
+
+def sites(name: str) -> list[ReadsText | None]:
+    """What the attentions of a model are, by the data about it."""
+    with watch(shared(name)) as attentions:
+        run(shared(name), MODELS[name].inputs())
+    found: list[ReadsText | None] = []
+    for known, attention in zip(MODELS[name].expected, attentions, strict=True):
+        if known.kind == "cross" and known.text is not None:
+            found.append(CROSS)
+        elif known.kind == "joint":
+            image = slice(known.image, known.image + math.prod(known.grid))
+            found.append(ReadsText(image if attention.query.shape[-2] == known.keys else None, image))
+        else:
+            found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_equals_two_branches_and_the_same_text_changes_nothing(name):
+    arguments, beforehand = FAMILIES[name]
+    inputs, model = MODELS[name].inputs, shared(name)
+    call, base = inputs(), run(model, inputs())
+    patched = sloth_fx.transform(model, SPEC, example_inputs=inputs())
+    notes = {site.note.partition(" (")[0] for site in sloth_fx.report(patched) if "NAG" in site.operators}
+    assert all(("computed once" in note) == beforehand for note in notes)
+
+    context = sloth_fx.context(patched)
+    context.set_negative(**{each: call[each] for each in arguments})
+    assert difference(at(patched, 0.1, call), base) < 1e-5
+
+    random = torch.Generator().manual_seed(7)
+    negative = {TEXT: torch.randn(call[TEXT].shape, generator=random)}
+    negative |= {each: call[each].flip(0) for each in arguments if each == MASK}
+    negative |= {each: call[each] for each in arguments if each == IMAGE}
+    context.set_negative(**negative)
+    found = at(patched, 0.1, call)
+    expected = two_branches(model, call, negative, SPEC, in_order(sites(name)), batch=2, run=run)
+    assert difference(found, [each[:2] for each in expected]) < 1e-5
+    assert difference(found, base) > 0.05
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_families_that_are_refused(name):
+    with pytest.raises(sloth_fx.SlothError, match=REFUSED[name]):
+        sloth_fx.transform(shared(name), SPEC, example_inputs=MODELS[name].inputs())
