@@ -17,7 +17,7 @@ from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Negative, Original, batch_of
 from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.guide import Rows, picked
+from sloth_fx.passes.guide import GuidedResult, Rows, SharedImage, picked
 
 NAME = "sloth_branches"
 _UNBRANCHED = "_sloth_fx_unbranched_forward"
@@ -153,11 +153,11 @@ def why_not_shared(model: nn.Module, call: Call) -> str | None:
     copy without data."""
     skeleton = Skeleton(model)
     fake = skeleton.fake_inputs(call)
+    share(skeleton.model)
     for module in skeleton.model.modules():
-        if hasattr(module, "layout"):
-            module.layout = module.layout._replace(guided=True)
-        if hasattr(module, "shares"):
-            module.shares = True
+        layout = getattr(module, "layout", None)
+        if isinstance(layout, KeyLayout):
+            module.__dict__["layout"] = layout._replace(guided=True)
     branches = skeleton.model._modules[NAME]
     assert isinstance(branches, Branches)
     text = [id(each) for each in branches.arguments.text(*fake).values()]
@@ -170,6 +170,13 @@ def why_not_shared(model: nn.Module, call: Call) -> str | None:
         reason = str(error).strip().splitlines()
         return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
     return None
+
+
+def share(model: nn.Module) -> None:
+    """From now on ``model`` computes once what both texts have in common."""
+    for module in model.modules():
+        if isinstance(module, (Branches, SharedImage, GuidedResult)):
+            module.shares = True
 
 
 def install(model: nn.Module, branches: Branches) -> None:

@@ -88,7 +88,7 @@ class Original:
                 for key, tensor in mine.items():
                     other = theirs.get(key)
                     if tensor is not None and other is not None and tensor.dtype != other.dtype:
-                        mine[key] = self.skeleton.fake(other)  # type: ignore[assignment]
+                        mine[key] = self.skeleton.fake(other)
 
     def slice(self, call: Call, text: Sequence[str]) -> tuple[TextKeyValues, list[AttentionCore]]:
         """What gives keys and values from the inputs ``text`` alone, for calls like this one; and all attentions."""

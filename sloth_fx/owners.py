@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from sloth_fx.passes.reduce_kv import KeyValueReduction
 from sloth_fx.passes.tile_queries import TiledAttention
 from sloth_fx.plan import SitePlan
 from sloth_fx.rewrite import Rewritten, merged_attention, merging_of, operator_name, rewrite
+from sloth_fx.site import AttentionSite
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
 Operator = (
@@ -150,9 +152,17 @@ def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout
             neutral,
             query_place=site.query_place,
             key_place=site.key_place if site.on_image else None,
+            others=_without_text(site),
             border=plan.pooling.border,
         )
-        result = GuidedResult(site.name, plan.guiding, neutral, query_place=site.query_place, folded_heads=folded_heads)
+        result = GuidedResult(
+            site.name,
+            plan.guiding,
+            neutral,
+            query_place=site.query_place,
+            folded_heads=folded_heads,
+            others=_without_text(site),
+        )
         made: dict[str, Operator] = {operator_name("share", core, visit): share, name: result}
         if plan.attends_whole:
             made[operator_name("attend", core, visit)] = BranchedAttention(rewritten.attend[core], neutral)
@@ -161,6 +171,16 @@ def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout
         attend = rewritten.attend[core]
         return {name: GuidedAttention(site.name, attend, plan.guiding, neutral, folded_heads=folded_heads)}
     return {}
+
+
+def _without_text(site: AttentionSite) -> tuple[bool, bool]:
+    """Whether there are tokens before the image, and after it, none of which is text."""
+    image = math.prod(site.grid) if site.grid is not None else site.kv_tokens
+    if site.text is None or site.kind != "joint" or site.key_place.alone or site.q_tokens != site.kv_tokens:
+        return False, False
+    start = site.key_place.start(site.kv_tokens, image)
+    end = start + image
+    return 0 < start <= site.text[0], site.text[1] <= end < site.kv_tokens
 
 
 def _deeds(plan: SitePlan) -> tuple[Any, ...]:

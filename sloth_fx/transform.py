@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from sloth_fx.bind import bind, clone
-from sloth_fx.branches import Branches, install, why_not_shared
+from sloth_fx.branches import Branches, install, share, why_not_shared
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import RefusedInputsError, SlothError
@@ -143,10 +143,11 @@ class _Request:
         if branching is not None:
             branches = Branches(keys.original, keys.arguments)
             install(model, branches)
-            shares = why_not_shared(model, call) is None
-            for module in model.modules():
-                if hasattr(module, "shares"):
-                    module.shares = shares
+            reason = why_not_shared(model, call)
+            if reason is None:
+                share(model)
+            way = "what both texts have in common is computed once" if reason is None else f"two branches: {reason}"
+            notes.update((each.site.name, f"{notes[each.site.name]}; {way}") for each in plan.sites if each.branching)
             patch.context.attach(branching, [branches])
             patch.context.guided_by(branches)
         if found.latent is not None:

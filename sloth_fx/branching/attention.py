@@ -18,12 +18,13 @@ def attend_branches(
     """``attend`` in both branches, for queries, keys and values (B, H, N, D) of which some are :class:`Branched`.
 
     Attention over two sets of keys is the merge of the attentions over each, by their log-sum-exp. So what both
-    branches share of queries and keys is attended once, where ``attend`` is torch's own, without a mask.
+    branches share of queries and keys is attended once, where ``attend`` is torch's own, or a host's that is told no
+    more than a scale, and there is no mask.
     """
     if not any(isinstance(each, Branched) for each in (query, key, value, mask)):
         return attend(query, key, value, *([] if mask is None else [mask]), **options)
     mergeable = (
-        attend is F.scaled_dot_product_attention
+        (attend is F.scaled_dot_product_attention or hasattr(attend, "sloth_fx_softmax"))
         and mask is None
         and set(options) <= {"scale"}
         and isinstance(key, Tokens)

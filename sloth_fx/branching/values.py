@@ -18,8 +18,8 @@ from torch import Tensor
 class Branched:
     """Stands for a tensor in each of two branches."""
 
-    positive: Any
-    negative: Any
+    positive: Tensor
+    negative: Tensor
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,35 +61,36 @@ class Branched:
     def __setitem__(self, index: Any, value: Any) -> None:
         apply(torch.Tensor.__setitem__, (self, index, value), {})
 
-    def __neg__(self) -> Any:
-        return apply(torch.neg, (self,), {})
+    def __bool__(self) -> bool:
+        raise TypeError("whether this is true may differ between the branches")
 
-    def __add__(self, other: Any) -> Any:
-        return apply(torch.add, (self, other), {})
+    __hash__ = object.__hash__
 
-    def __radd__(self, other: Any) -> Any:
-        return apply(torch.add, (self, other), {})
 
-    def __sub__(self, other: Any) -> Any:
-        return apply(torch.sub, (self, other), {})
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Branched, *others: Any) -> Any:
+        return apply(function, (self, *others), {})
 
-    def __rsub__(self, other: Any) -> Any:
-        return apply(torch.rsub, (self, other), {})
+    return method
 
-    def __mul__(self, other: Any) -> Any:
-        return apply(torch.mul, (self, other), {})
 
-    def __rmul__(self, other: Any) -> Any:
-        return apply(torch.mul, (self, other), {})
-
-    def __truediv__(self, other: Any) -> Any:
-        return apply(torch.div, (self, other), {})
-
-    def __matmul__(self, other: Any) -> Any:
-        return apply(torch.matmul, (self, other), {})
-
-    def __pow__(self, other: Any) -> Any:
-        return apply(torch.pow, (self, other), {})
+for _name, _function in {
+    **{name: getattr(torch, name) for name in ("neg", "add", "sub", "mul", "matmul", "pow", "eq", "ne", "lt", "le")},
+    **{name: getattr(torch, name) for name in ("gt", "ge")},
+    "truediv": torch.div,
+    "floordiv": torch.floor_divide,
+    "mod": torch.remainder,
+    "invert": torch.bitwise_not,
+    "and": torch.bitwise_and,
+    "or": torch.bitwise_or,
+    "xor": torch.bitwise_xor,
+    "radd": torch.add,
+    "rmul": torch.mul,
+    "rsub": torch.rsub,
+    "rand": torch.bitwise_and,
+    "ror": torch.bitwise_or,
+}.items():
+    setattr(Branched, f"__{_name}__", _operator(_function))
 
 
 class Pair(Branched):
@@ -172,6 +173,7 @@ RULES: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {}
 def apply(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     """``function`` of arguments of which some are branched: part by part where a rule says how, else branch by branch,
     which is always right."""
+    _check_writes(function, args, kwargs)
     rule = RULES.get(name_of(function))
     found = rule(function, args, dict(kwargs)) if rule is not None else NotImplemented
     if found is not NotImplemented:
@@ -223,13 +225,23 @@ def of(value: Any, branch: int) -> Any:
 
 
 def paired(positive: Any, negative: Any) -> Any:
-    """Two results as one."""
+    """Two results as one. Raises TypeError for numbers that differ: Python that is steered by them runs once."""
     if isinstance(positive, Tensor):
         return positive if positive is negative else Pair(positive, negative)
     if isinstance(positive, (list, tuple)):
         both = [paired(*each) for each in zip(positive, negative, strict=True)]
-        return both if isinstance(positive, list) else tuple(both)
+        return type(positive)(*both) if hasattr(positive, "_fields") else type(positive)(both)
+    if positive != negative:
+        raise TypeError(f"{positive!r:.40} in the one branch and {negative!r:.40} in the other")
     return positive
+
+
+def _check_writes(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raises TypeError for what is written into where it would be lost, or be seen by both branches."""
+    name = str(getattr(function, "__name__", ""))
+    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if kwargs.get("out") is not None or (writes and not isinstance(args[0], Pair)):
+        raise TypeError(f"{name} writes into what is the same in both branches, or into a sequence of tokens")
 
 
 def positive_of(value: Any) -> Any:
@@ -246,4 +258,4 @@ def positive_of(value: Any) -> Any:
 
 
 def narrowed(part: Part, axis: int, start: int, length: int) -> Any:
-    return torch.narrow(part, axis, start, length)  # type: ignore[arg-type]
+    return call(torch.narrow, part, axis, start, length)

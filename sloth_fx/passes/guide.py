@@ -116,15 +116,25 @@ class BranchedAttention(nn.Module):
 class _Branches(nn.Module):
     """Knows which rows of a batch belong to the negative text, and where the image lies in its tokens.
 
-    With ``shares`` that text has no rows: it comes as :class:`sloth_fx.branching.Branched` values.
+    With ``shares`` that text has no rows: it comes as :class:`sloth_fx.branching.Branched` values. ``others`` tells
+    whether all that lies before the image, and all that lies after it, goes with it: reference images, but no text.
     """
 
-    def __init__(self, site: str, layout: KeyLayout, *, query_place: Place, key_place: Place | None) -> None:
+    def __init__(
+        self,
+        site: str,
+        layout: KeyLayout,
+        *,
+        query_place: Place,
+        key_place: Place | None,
+        others: tuple[bool, bool] = (False, False),
+    ) -> None:
         super().__init__()
         self.site = site
         self.layout = layout
         self.query_place = query_place
         self.key_place = key_place
+        self.others = others
         self.rows: Rows = (True,)
         self.shares = False
 
@@ -143,7 +153,11 @@ class _Branches(nn.Module):
     def image_of_queries(self, tensor: Tensor) -> tuple[int, int]:
         total = tensor.shape[-2]
         tokens = total if self.query_place.alone else self.layout.tokens
-        return self.query_place.start(total, tokens), tokens
+        return self._with_others(self.query_place.start(total, tokens), tokens, total)
+
+    def _with_others(self, start: int, tokens: int, total: int) -> tuple[int, int]:
+        first, last = 0 if self.others[0] else start, total if self.others[1] else start + tokens
+        return first, last - first
 
 
 class SharedImage(_Branches):
@@ -160,9 +174,10 @@ class SharedImage(_Branches):
         *,
         query_place: Place,
         key_place: Place | None,
+        others: tuple[bool, bool] = (False, False),
         border: str = "keep",
     ) -> None:
-        super().__init__(site, layout, query_place=query_place, key_place=key_place)
+        super().__init__(site, layout, query_place=query_place, key_place=key_place, others=others)
         self.border = border
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +188,7 @@ class SharedImage(_Branches):
             return query, key, value
         total = key.shape[-2]
         tokens = total if self.key_place.alone else self._keys_of_image()
-        start = self.key_place.start(total, tokens)
+        start, tokens = self._with_others(self.key_place.start(total, tokens), tokens, total)
         return query, self._shared(key, start, tokens), self._shared(value, start, tokens)
 
     def _keys_of_image(self) -> int:
@@ -188,15 +203,22 @@ class SharedImage(_Branches):
 
 
 class GuidedResult(_Branches):
-    """Guides the image of an attention's result, and lets the rows of the negative text go on with it as well.
+    """Guides the image of an attention's result, and lets the branch of the negative text go on with it as well.
 
-    Without ``guidance`` they go on with what the others read.
+    Without ``guidance`` it goes on with what the other read.
     """
 
     def __init__(
-        self, site: str, guidance: NAG | None, layout: KeyLayout, *, query_place: Place, folded_heads: int | None
+        self,
+        site: str,
+        guidance: NAG | None,
+        layout: KeyLayout,
+        *,
+        query_place: Place,
+        folded_heads: int | None,
+        others: tuple[bool, bool] = (False, False),
     ) -> None:
-        super().__init__(site, layout, query_place=query_place, key_place=None)
+        super().__init__(site, layout, query_place=query_place, key_place=None, others=others)
         self.guidance = guidance
         self.folded_heads = folded_heads
 

@@ -87,6 +87,7 @@ def _attend(entry: HostFunction, function: Function, layout: str, output_layout:
     def shape_only(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
+    attend.sloth_fx_softmax = True  # type: ignore[attr-defined] # no more than torch's, whatever kernel computes it
     attend.sloth_fx_evaluate = shape_only  # type: ignore[attr-defined] # fused kernels need data
     return core_function(attend)
 
