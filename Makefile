@@ -28,7 +28,7 @@ demo: $(READY) ## the UNet of Stable Diffusion 1.5, before and after, with pictu
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY) ## run the tests
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .

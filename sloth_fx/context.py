@@ -130,8 +130,9 @@ class TimestepContext:
 
         An argument is what it is in a call of the model: embeddings (rows, tokens, channels), masks, pooled embeddings;
         with one row for all images, or one for each. In cross-attention the number of tokens may be another than that
-        of the text. What is not given (pooled embeddings, sizes) is as in each call. Call it again when weights that
-        the text passes have changed.
+        of the text. What is not given (pooled embeddings, sizes) is as in each call, but for what keys and values at
+        hand are computed from (a mask): an error names it. Call it again when weights that the text passes have
+        changed.
 
         Raises :class:`SlothError` where nothing guides, and for names that the model does not take. Shapes are checked
         against those of the next call.

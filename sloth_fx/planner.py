@@ -95,7 +95,7 @@ def acts_on(spec: Spec, site: AttentionSite) -> bool:
 
 def reads_text(site: AttentionSite) -> bool:
     """Whether image tokens attend to text here."""
-    return site.kind in ("cross", "joint") and site.text is not None
+    return site.kind in ("cross", "joint") and site.text is not None and site.image_queries
 
 
 def why_left_alone(site: AttentionSite) -> str:

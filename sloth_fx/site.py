@@ -66,7 +66,8 @@ class AttentionSite:
     ``grid`` is (rows, columns) of the image tokens, or (frames, rows, columns) where one attention sees several frames.
     ``divisors`` tell, for each of these, how many of the latent's one token stands for (``None``: the number of tokens
     is fixed, as in a window). ``text`` is the range of key positions that are text, or ``None``. ``query_place`` and
-    ``key_place`` tell where in the sequence the image tokens lie, and ``on_image`` whether both sides have any.
+    ``key_place`` tell where in the sequence the image tokens lie, ``on_image`` whether both sides have any, and
+    ``image_queries`` whether the queries do.
     ``refusal`` says why no operator can work here, whatever the tokens are.
     """
 
@@ -87,6 +88,7 @@ class AttentionSite:
     key_place: Place = field(default_factory=Place)
     core: int = 0
     on_image: bool = True
+    image_queries: bool = True
     refusal: str | None = None
 
     @property

@@ -46,7 +46,7 @@ class Dependencies:
             node = waiting.pop()
             if node not in found:
                 found.add(node)
-                waiting.extend(() if is_property(node) else node.all_input_nodes)
+                waiting.extend(_needed_by(node))
                 waiting.extend(self._written[node])
         return found
 
@@ -60,6 +60,12 @@ class Dependencies:
             for base in _bases(node):
                 self._known[base] |= found
         return found
+
+
+def _needed_by(node: fx.Node) -> list[fx.Node]:
+    if is_property(node):
+        return []
+    return [each for each in node.all_input_nodes if not (is_blank(node) and each is node.args[0])]
 
 
 def is_property(node: fx.Node) -> bool:

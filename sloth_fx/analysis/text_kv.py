@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sloth_fx.analysis.dependencies import Dependencies, is_property
+from sloth_fx.analysis.dependencies import Dependencies, is_blank, is_property
 from sloth_fx.analysis.whole import WholeGraph
 from sloth_fx.capture.generate import generate
 from sloth_fx.errors import SlothError
@@ -103,7 +103,8 @@ class _Slice:
         needed = dependencies.needed(node for each in outputs.values() for node in each if node is not None)
         for node in whole.nodes:
             if node in needed and node not in self.copies:
-                self.copies[node] = self._property(node) if is_property(node) else self._copy(node)
+                asks = is_property(node) or is_blank(node)
+                self.copies[node] = self._asked(node) if asks else self._copy(node)
         found: Any = {
             index: tuple(self.copies[each] if each is not None else None for each in nodes)
             for index, nodes in outputs.items()
@@ -111,15 +112,26 @@ class _Slice:
         self.graph.output(found)
         self.graph.lint()
 
+    def _blank(self, node: fx.Node, hint: torch.Tensor) -> fx.Node:
+        """A tensor like one that the slice does not have, made like the text."""
+        values = list(node.args[1:])
+        name = str(getattr(node.target, "__name__", node.target))
+        if name.endswith("_like"):
+            name, values, self.baked = f"new_{name.removesuffix('_like')}", [tuple(hint.shape), *values], True
+        args = fx.node.map_arg(tuple(values), lambda each: self.copies[each])
+        kwargs = {**fx.node.map_arg(node.kwargs, lambda each: self.copies[each]), "dtype": hint.dtype}
+        return self.graph.call_method(name, (self.copies[self.text[0]], *args), kwargs)
+
     def _copy(self, node: fx.Node) -> Any:
         return self.graph.node_copy(node, lambda each: self.copies[each])
 
-    def _property(self, node: fx.Node) -> Any:
+    def _asked(self, node: fx.Node) -> Any:
         """What is read from a tensor of the slice is read there; else it is the text's, or the example's."""
-        source = node.args[0]
-        if source in self.copies:
+        if node.args[0] in self.copies:
             return self._copy(node)
         hint = node.meta["hint"]
+        if is_blank(node):
+            return self._blank(node, hint)
         for text in self.text if isinstance(hint, (torch.dtype, torch.device)) else ():
             if getattr(text.meta["hint"], str(node.args[1])) == hint:
                 return self.graph.call_function(getattr, (self.copies[text], node.args[1]))

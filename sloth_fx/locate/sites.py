@@ -78,6 +78,7 @@ def locate(
                 query_place=places.of(each.query, again_here.query if again_here is not None else None),
                 key_place=places.of(each.key, again_here.key if again_here is not None else None),
                 on_image=each.on_image,
+                image_queries=event.query is None or each.query.image is not None,
                 refusal=event.refusal,
             )
         )

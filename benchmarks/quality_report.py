@@ -1,0 +1,229 @@
+"""What is stored of a model, as numbers with intervals and as tables for docs/quality.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from common import Spread, Table
+from numpy.typing import NDArray
+from quality_measures import MEASURES
+from quality_points import CLAIMS, OTHER_SEEDS, SERIES, STRENGTHS, UNPATCHED, Claim, Point, Series, points
+from quality_statistics import Estimate, Reference, breaks_at, change, harmless_until, jackknife, verdict
+from quality_store import Batch, Conditions, Store, evaluate
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one point. Accuracies are shares; changes are against the unpatched model on the same prompts and noise.
+
+    frechet: distance of the judge's features to those of real renderings. from_unpatched: to those of images that the
+    unpatched model paints from other noise. time: of a batch, over that of the unpatched model. measures: (N,
+    len(MEASURES)). thumbnails: (K, 64, 64, 3).
+    """
+
+    accuracy: Estimate
+    accuracy_change: Estimate
+    frechet: Estimate
+    frechet_change: Estimate
+    from_unpatched: float
+    time: Spread
+    seconds: float  # an image
+    measures: NDArray[np.float64]
+    thumbnails: NDArray[np.uint8]
+
+    def measure(self, name: str) -> NDArray[np.float64]:
+        return self.measures[:, MEASURES.index(name)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results of a model; ``unfinished`` names the points that have fewer images than the unpatched model has."""
+
+    model: str
+    machine: str
+    conditions: Conditions
+    images: int
+    results: Mapping[Point, Result]
+    unfinished: Sequence[str]
+
+    def of(self, series: Series) -> list[tuple[str, Result]]:
+        """The finished settings of a series, by label."""
+        at = points()
+        return [(label, self.results[at[spec]]) for label, spec in series.settings if at[spec] in self.results]
+
+    def complete(self, series: Series) -> bool:
+        return len(self.of(series)) == len(series.settings)
+
+    def ends(self, claim: Claim) -> tuple[Result, Result] | None:
+        before, after = (self.results.get(points()[spec]) for _, spec in claim.ends)
+        return None if before is None or after is None else (before, after)
+
+
+def gather(model: str, store: Store, batches: int, renderings: NDArray[np.float64]) -> Report | None:
+    """What the store has in the first ``batches`` of each point, on the images that all have; None if the unpatched
+    model has none. ``renderings``: features (N, F) of real renderings."""
+    done = {point: _done(store, point, batches) for point in (UNPATCHED, OTHER_SEEDS, *points().values())}
+    enough = min(done[UNPATCHED], done[OTHER_SEEDS])
+    if enough == 0:
+        return None
+    enough = max(1, enough - 1) if any(count == enough - 1 for count in done.values()) else enough  # stopped in a lap
+    finished = {point: store.load(point, range(enough)) for point, number in done.items() if number >= enough}
+    real = Reference(renderings)
+    others = Reference(_features(finished[OTHER_SEEDS]))
+    base = finished[UNPATCHED]
+    without = real.without(_features(base))
+    return Report(
+        model=model,
+        machine=base[-1].machine,
+        conditions=store.conditions,
+        images=enough * store.conditions.batch,
+        results={point: _result(made, base, real, others, without) for point, made in finished.items()},
+        unfinished=[point.name for point in done if point not in finished],
+    )
+
+
+def _done(store: Store, point: Point, batches: int) -> int:
+    """How many batches there are from the first on."""
+    return next(index for index in count() if index == batches or not store.has(point, index))
+
+
+def _result(
+    made: Sequence[Batch],
+    base: Sequence[Batch],
+    real: Reference,
+    others: Reference,
+    base_without: NDArray[np.float64],
+) -> Result:
+    features, measures = _features(made), np.concatenate([each.measures for each in made])
+    right, right_before = (np.concatenate([each.measures[:, 0] for each in side]) for side in (made, base))
+    distance, without = real.distance(features), real.without(features)
+    before = real.distance(_features(base))
+    return Result(
+        accuracy=Estimate(float(right.mean()), *evaluate.interval(int(right.sum()), len(right))),
+        accuracy_change=change(right_before, right),
+        frechet=jackknife(distance, without),
+        frechet_change=jackknife(distance - before, without - base_without),
+        from_unpatched=others.distance(features),
+        time=Spread.of(each.seconds / first.seconds for each, first in zip(made, base, strict=True)),
+        seconds=sum(each.seconds for each in made) / len(right),
+        measures=measures,
+        thumbnails=made[0].thumbnails,
+    )
+
+
+def _features(batches: Sequence[Batch]) -> NDArray[np.float64]:
+    return np.concatenate([each.features for each in batches]).astype(np.float64)
+
+
+# Text
+
+
+def text(report: Report) -> str:
+    """The section of a model: conditions, regions, claims, pictures, all points."""
+    conditions, plain, other = report.conditions, report.results[UNPATCHED], report.results[OTHER_SEEDS]
+    parts = [
+        f"{report.machine}; {report.images} images a point, {conditions.steps} steps, "
+        f"guidance {conditions.guidance:g}.",
+        f"Unpatched: {_points(plain.accuracy)} % of the prompts are right, Frechet distance to renderings "
+        f"{plain.frechet:.2f}, {plain.seconds:.2f} s an image. From other noise: {_points(other.accuracy)} %, "
+        f"{other.frechet:.2f}. Between these two sets of images, which differ by chance alone, the distance is "
+        f"{plain.from_unpatched:.2f}.",
+        str(regions(report)),
+        f"![Accuracy, Frechet distance and time over strength](quality-{report.model}.png)",
+        f"![The same prompts over strength](quality-{report.model}-images.png)",
+        "What the author says of the parameters:",
+        str(claims(report)),
+        "All points:",
+        str(everything(report)),
+        f"Not finished yet: {', '.join(report.unfinished)}." if report.unfinished else "",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def regions(report: Report) -> Table:
+    table = Table("operator", "over", "harmless up to", "Frechet change", "time", "breaks at", "right there, %")
+    for series in STRENGTHS:
+        if not report.complete(series):
+            table.add(series.title, series.parameter, "not finished", "", "", "", "")
+            continue
+        settings = report.of(series)
+        changes = [result.accuracy_change for _, result in settings]
+        safe, broken = harmless_until(changes), breaks_at(changes)
+        cells = [series.title, series.parameter]
+        if safe:
+            label, last = settings[safe - 1]
+            cells += [label, _signed(last.frechet_change, ".2f"), f"{last.time:.2f}"]
+        else:
+            cells += ["none of these", "", ""]
+        if broken is None:
+            cells += ["none of these", ""]
+        else:
+            cells += [settings[broken][0], _points(settings[broken][1].accuracy)]
+        table.add(*cells)
+    return table
+
+
+def claims(report: Report) -> Table:
+    table = Table("claim", "at", "measured", "unpatched", "from", "to", "change (95 %)", "so?")
+    for claim in CLAIMS:
+        ends, labels = report.ends(claim), [label for label, _ in claim.ends]
+        if ends is None:
+            table.add(claim.text, claim.at, claim.measure, "", "", "", "", "not finished")
+            continue
+        plain, before, after = (each.measure(claim.measure) for each in (report.results[UNPATCHED], *ends))
+        moved = change(before, after)
+        means = [
+            f"{plain.mean():.3g}",
+            *(f"{side.mean():.3g} at {label}" for side, label in zip((before, after), labels, strict=True)),
+        ]
+        answer = verdict(moved, claim.direction, float(before.mean()))
+        table.add(claim.text, claim.at, claim.measure, *means, _signed(moved, ".3f"), f"**{answer}**")
+    return table
+
+
+def everything(report: Report) -> Table:
+    """A row for each point, where it comes first."""
+    table = Table(
+        *("operator", "parameter", "value", "right, % (95 %)", "change, points", "Frechet (95 %)", "change"),
+        *("Frechet to unpatched", "time (p20 to p80)"),
+    )
+    listed: set[int] = set()
+    for series in SERIES:
+        for label, each in report.of(series):
+            if id(each) in listed:
+                continue
+            listed.add(id(each))
+            table.add(
+                *(series.title, series.parameter, label),
+                *(_points(each.accuracy), _signed(_scaled(each.accuracy_change), ".1f")),
+                *(f"{each.frechet:.2f}", _signed(each.frechet_change, ".2f"), f"{each.from_unpatched:.2f}"),
+                f"{each.time:.2f}",
+            )
+    return table
+
+
+def _scaled(share: Estimate) -> Estimate:
+    return Estimate(100 * share.value, 100 * share.low, 100 * share.high)
+
+
+def _points(share: Estimate) -> str:
+    return f"{_scaled(share):.1f}"
+
+
+def _signed(moved: Estimate, form: str) -> str:
+    return f"{moved:+{form}}"
+
+
+def insert(page: Path, model: str, section: str) -> None:
+    """Put a section between the markers of a model. Raises ValueError for a page without them."""
+    begin, end = f"<!-- begin quality {model} -->", f"<!-- end quality {model} -->"
+    whole = page.read_text(encoding="utf-8")
+    if begin not in whole or end not in whole:
+        raise ValueError(f"{page} has no lines {begin} and {end} to write between")
+    before, rest = whole.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    page.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
