@@ -141,8 +141,13 @@ class TimestepContext:
 
     @property
     def branched(self) -> bool:
-        """Whether a negative text passes the model in rows of its own."""
+        """Whether a model that is guided runs in two branches."""
         return any(plan.branching is not None for plan in self._plans)
+
+    @property
+    def shares(self) -> bool:
+        """Whether these compute once what both have in common."""
+        return getattr(self._conditioning.guide, "shares", False)
 
     def take_negative(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """As :meth:`set_negative`, of tensors by the labels that they have in a call."""

@@ -32,6 +32,9 @@ from sloth_fx.spec import Spec
 from sloth_fx.transform import transform
 
 COUNT = between(1, 1_000_000, whole=True)
+_APART = frozenset(
+    {"NearSightedTile", "NearSightedAttention", "HyperTile", "TokenMerging"}
+)  # at most once in each branch
 
 
 class Work(NamedTuple):
@@ -198,7 +201,7 @@ def estimate(
     counted = [site for site in found if site.kind != "linear" and not (site.on_image and site.grid_at(size) is None)]
     sites = tuple(_site_cost(_with_text(site, text), plans.get(site.name), at, size, scale) for site in counted)
     if context(patched).branched:
-        sites = _with_branches(sites)
+        sites = _with_branches(sites, shares=context(patched).shares)
     layouts = [tuple(each.layouts[step] for each in sites if each.site.name in plans) for step in range(steps)]
     return RunCost(
         model=found.model,
@@ -254,17 +257,30 @@ def _site_cost(
     return SiteCost(site, before, tuple(Work(*(times * each for each in work)) for work in works), layouts)
 
 
-def _with_branches(sites: Sequence[SiteCost]) -> tuple[SiteCost, ...]:
-    """The sites of a model through which the negative text goes in rows of its own, while any of them is guided."""
+def _with_branches(sites: Sequence[SiteCost], *, shares: bool) -> tuple[SiteCost, ...]:
+    """The sites of a model that runs in two branches while any of them is guided."""
     by_step = zip(*(each.layouts for each in sites), strict=True)
     guided = [any(layout is not None and layout.guided for layout in layouts) for layouts in by_step]
 
-    def doubled(cost: SiteCost) -> SiteCost:
+    def in_both(cost: SiteCost) -> SiteCost:
         once = [cost.before if cost.site.kind == "cross" else work for work in cost.steps]
-        steps = (Work(*(2 * each for each in work)) if two else work for work, two in zip(once, guided, strict=True))
+        steps = [_twice(cost.site, work, shares) if two else work for work, two in zip(once, guided, strict=True)]
         return replace(cost, steps=tuple(steps))
 
-    return tuple(map(doubled, sites))
+    return tuple(map(in_both, sites))
+
+
+def _twice(site: SiteReport, work: Work, shares: bool) -> Work:
+    """What a site does in two branches. Where these share the image, it attends to itself once (twice, if attention has
+    a mask, which is not known here)."""
+    if shares and site.kind != "cross" and site.text is None:
+        return work
+    if not shares or site.kind != "joint" or _APART.intersection(site.operators):
+        return Work(*(2 * each for each in work))
+    text = site.text[1] - site.text[0] if site.text is not None else 0
+    queries = text if site.q_tokens == site.kv_tokens else 0
+    image = Work(work.queries - queries, (work.queries - queries) * (work.stored - text), work.stored - text)
+    return Work(work.queries + queries, 2 * work.pairs - image.pairs, work.stored + text)
 
 
 def _sequences(site: AttentionSite, latent: LatentSize, scale: float) -> int:

@@ -36,7 +36,7 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise SlothError(f"cannot read {str(path)!r:.80}: {error.strerror} (a string is taken for a path)") from None
     except (ValueError, RecursionError) as error:
-        raise SlothError(f"{str(path)!r:.80} is not a JSON file: {error}") from None
+        raise SlothError(f"{str(path)!r} is not a JSON file: {error}") from None
 
 
 def _spec(data: Any, at: str) -> Spec:

@@ -73,9 +73,7 @@ def test_the_prompt_itself_as_negative_changes_nothing(encoders, kind, guidance)
     pipe = KINDS[kind](encoders)
     plain = run(pipe, guidance=guidance)
     with sloth_fx.attach(pipe, GUIDED, negative_prompt=PROMPTS) as handle:
-        assert torch.equal(run(pipe, guidance=guidance), plain) or torch.allclose(
-            run(pipe, guidance=guidance), plain, atol=1e-4
-        )
+        torch.testing.assert_close(run(pipe, guidance=guidance), plain, atol=1e-3, rtol=1e-3)
         assert handle.context.rows == (("uncond", "cond") if guidance > 1 else ("cond",))
     with sloth_fx.attach(pipe, GUIDED, negative_prompt="a green cross"):
         assert not torch.allclose(run(pipe, guidance=guidance), plain, atol=1e-2)

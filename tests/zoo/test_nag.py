@@ -45,7 +45,11 @@ def sites(name: str) -> list[ReadsText | None]:
         if known.kind == "cross" and known.text is not None:
             found.append(CROSS)
         elif known.kind == "joint":
-            image = slice(known.image, known.image + math.prod(known.grid))
+            first, last = known.image, known.image + math.prod(known.grid)
+            if known.text is not None:  # reference images go with the image
+                first = 0 if first <= known.text[0] else first
+                last = known.keys if known.text[1] <= last else last
+            image = slice(first, last)
             found.append(ReadsText(image if attention.query.shape[-2] == known.keys else None, image))
         else:
             found.append(None)
