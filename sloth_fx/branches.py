@@ -1,4 +1,8 @@
-"""Rows of their own for the negative text: a call with a larger batch, of whose result the first rows are kept."""
+"""Calls of a model with two texts: as values that hold both, or with rows of its own for the negative text.
+
+The former computes once what both have in common (``branching/``). Where a host does not take such values, a call gets
+a larger batch, of whose result the first rows are kept.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +28,10 @@ _UNBRANCHED = "_sloth_fx_unbranched_forward"
 
 
 class Branches(nn.Module):
-    """Widens the calls of a model by rows for the negative text, one for each that is guided, while that acts.
+    """Brings the negative text into the calls of a model, while it guides.
 
-    Whatever the text does not say (latent, timestep, sizes) is the same in these rows.
+    With ``shares`` the arguments that it has become pairs. Otherwise calls are widened by rows for it, one for each
+    that is guided; whatever the text does not say (latent, timestep, sizes) is the same in these.
     """
 
     def __init__(self, original: Original, arguments: Arguments) -> None:
@@ -37,7 +42,7 @@ class Branches(nn.Module):
         self.names = original.positional(1000)
         self.rows: Rows = (True,)
         self.batch = 0
-        self.negative: dict[str, Tensor] = {}  # by name, of the rows that are added; no state of the model
+        self.negative: dict[str, Tensor] = {}  # by name; no state of the model
         self.shares = False
         self.done: Any = None
 
@@ -48,7 +53,7 @@ class Branches(nn.Module):
         self.rows = rows
 
     def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None:
-        """Make the rows of the negative text for calls like this one."""
+        """Make the negative text fit calls like this one."""
         given = self.original.labelled(call)
         state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
         if state == self.done:
@@ -74,7 +79,7 @@ class Branches(nn.Module):
         self.negative, self.batch, self.done = found, batch, state
 
     def widened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The arguments with rows for the negative text."""
+        """The arguments with the negative text."""
         named = zip(self.names, args, strict=False)
         return (
             tuple(self._widened(name, value) for name, value in named),
@@ -103,7 +108,7 @@ class Branches(nn.Module):
         return Pair(text, torch.cat([other if guided else own for own, other, guided in parts]))
 
     def narrowed(self, result: Any) -> Any:
-        """The result without the rows of the negative text."""
+        """The result without the branch of the negative text."""
         if self.shares:
             return positive_of(result)
         total = self.batch + self.batch // len(self.rows) * sum(self.rows)
@@ -180,7 +185,7 @@ def share(model: nn.Module) -> None:
 
 
 def install(model: nn.Module, branches: Branches) -> None:
-    """Let ``model`` run its calls with the rows of ``branches``."""
+    """Let ``model`` run its calls through ``branches``."""
     model.add_module(NAME, branches)
     slot = "_old_forward" if "_hf_hook" in model.__dict__ else "forward"  # accelerate's hook wraps what lies there
     model.__dict__[_UNBRANCHED] = model.__dict__.get(slot)

@@ -1,4 +1,4 @@
-"""How a negative text comes to the sites that it guides: by keys and values at hand, or with rows of its own."""
+"""How a negative text comes to the sites that it guides: by keys and values at hand, or in a branch of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Guidance:
     """A plan with the way that the negative text takes.
 
     Where its keys and values can be had beforehand, ``numbers`` are those of all sites in the graph of the whole model;
-    otherwise ``reason`` says why it needs rows of its own.
+    otherwise ``reason`` says why it needs a branch of its own.
     """
 
     plan: Plan

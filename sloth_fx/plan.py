@@ -36,9 +36,9 @@ class SitePlan:
     ``reducing`` says how its keys and values are pooled, ``downsampling`` how they are thinned out besides, ``tiling``
     how its queries are tiled and ``merging`` how tokens are merged; one NearSightedAttention may be the first and the
     third, and SlothfulAttention with NearSightedTile pools the keys within each tile. ``guiding`` says how a negative
-    text guides what is read; where ``branching`` is given, that text has rows of its own in the batch, which pass all
-    sites, guided or not. ``shallowest`` is the site against which depth is measured, ``deepest`` the greatest depth of
-    the model.
+    text guides what is read; where ``branching`` is given, that text passes the model in a branch of its own, through
+    all sites, guided or not. ``shallowest`` is the site against which depth is measured, ``deepest`` the greatest depth
+    of the model.
     """
 
     site: AttentionSite

@@ -107,7 +107,7 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
     if plan.branching is not None:
         share, result, attend = (operator_name(deed, site.core, visit) for deed in ("share", "guide", "attend"))
         core = branch(graph, core, share, result, attend if plan.attends_whole else None)
-        done.append("guided by a negative text with rows of its own" if plan.guiding is not None else "not guided")
+        done.append("guided by a negative text in a branch of its own" if plan.guiding is not None else "not guided")
     if plan.tiling is not None:
         name = operator_name("tile", site.core, visit)
         done.append(f"queries tiled {tile_queries(graph, core, name, rotated=rotated)}")

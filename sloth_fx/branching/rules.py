@@ -22,7 +22,7 @@ _ELEMENTWISE = frozenset(
         *("clone", "detach", "to", "type", "type_as", "float", "half", "bfloat16", "double"),
     )
 )
-_OF_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm", "normalize"})
+_OF_CHANNELS = frozenset({"linear", "layer_norm", "rms_norm"})
 _ALONG = frozenset({"mean", "sum", "var", "norm", "softmax", "cumsum", "amax", "amin", "vector_norm", "std"})
 
 
@@ -52,13 +52,20 @@ def _elementwise(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _modulated(function: Any, args: Any, kwargs: Any) -> Any:
-    """A vector of each text that modulates what is the same in both branches does so with that of the text itself:
-    there is one image."""
-    own = [each for each in args if isinstance(each, Tensor) and each.ndim >= 3]
+    """A vector of each text that modulates tokens (B, N, C) which are the same in both branches does so with that of
+    the text itself: there is one image."""
+    own = [each for each in args if isinstance(each, Tensor) and each.ndim == 3 and each.is_floating_point()]
     pairs = [each for each in args if isinstance(each, Pair)]
-    if name_of(function) not in _MODULATIONS or not own or any(p.positive.numel() >= own[0].numel() for p in pairs):
+    if name_of(function) not in _MODULATIONS or not own or not all(_is_vector_of(each, own[0]) for each in pairs):
         return NotImplemented
     return function(*(each.positive if isinstance(each, Pair) else each for each in args), **kwargs)
+
+
+def _is_vector_of(pair: Pair, tokens: Tensor) -> bool:
+    """Whether ``pair`` is one vector for all ``tokens``, and not a row of a mask (B, N, N)."""
+    count, channels = tokens.shape[1:]
+    shape = (1, *pair.shape)[-2:]
+    return count > 1 and count != channels and shape == (1, channels)
 
 
 def _of_channels(function: Any, args: Any, kwargs: Any) -> Any:

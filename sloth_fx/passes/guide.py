@@ -4,12 +4,12 @@ Where the negative text's keys and values are known (they do not depend on the l
 
     out = attend(query, key, value)      ->     out = self.sloth_guide_0(query, key, value)
 
-Otherwise the negative text has rows of its own in the batch, after all others, and passes the model with them. The
-image is the same in both: such a row takes queries, keys and values of the image from the row that it guides, and both
-go on with the guided result.
+Otherwise the negative text passes the model in a branch of its own. The image is the same in both branches, and both go
+on with the guided result. Where the branches are rows of one batch, a row of the negative text takes queries, keys and
+values of the image from the row that it guides.
 
     out = attend(query, key, value)      ->     shared = self.sloth_share_0(query, key, value)
-                                                out = self.sloth_guide_0(attend(*shared))
+                                                out = self.sloth_guide_0(self.sloth_attend_0(*shared))
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ BRANCH_BY_BRANCH = {
     "every other": lambda x: x[:, ::2],
     "by number": lambda x: x[:, torch.tensor([3, 8])],
     "einsum": lambda x: torch.einsum("bnc,dc->bdn", x, MATRIX),
+    "length of tokens": lambda x: F.normalize(x, dim=1),
     "norm of tokens": lambda x: F.layer_norm(x, tuple(x.shape[1:])),
     "where": lambda x: torch.where(x > 0, x, 0.1),
     "sorted": lambda x: x.sort(dim=1).values,
@@ -141,6 +142,9 @@ def test_a_vector_of_the_text_modulates_the_image_as_the_text_does():
         assert isinstance(found, torch.Tensor)
     assert torch.equal(image * (1 + vector), image * (1 + vector.positive))
     assert isinstance(text * vector, Pair)
+    mask = Pair(noise(2, 1, 7), noise(2, 1, 7))
+    assert isinstance(torch.zeros(2, 7, 7) + mask, Pair)
+    assert isinstance(torch.zeros(2, 1, 7, 7) + mask[:, None], Pair)
     assert isinstance(vector[:, 0] + noise(2, 6), Pair)  # another vector, such as that of the time
 
 
