@@ -89,11 +89,10 @@ def test_a_host_that_is_steered_by_what_differs_takes_two_branches():
     model = Steered.from_config(shared(name).config).eval()
     model.load_state_dict(shared(name).state_dict())
     call = {key: value for key, value in MODELS[name].inputs().items() if key != "return_dict"}
-    try:
-        patched = sloth_fx.transform(model, sloth_fx.NAG(), example_inputs=call)
-    except sloth_fx.SlothError:
-        pytest.skip("located by values, it cannot be transformed")
-    assert all("two branches: TypeError" in site.note for site in sloth_fx.report(patched) if site.operators)
+    patched = sloth_fx.transform(model, sloth_fx.NAG(), example_inputs=call)
+    notes = [site.note for site in sloth_fx.report(patched) if site.operators]
+    assert notes
+    assert all("two branches: TypeError" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel/sd35", "FluxTransformer2DModel/kontext"])

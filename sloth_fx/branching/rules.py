@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth_fx.branching.values import RULES, Branched, Pair, Part, Tokens, call, name_of, narrowed
+from sloth_fx.branching.values import RULES, Branched, Pair, Part, Rule, Tokens, call, name_of, narrowed
 
 _MODULATIONS = frozenset({"add", "sub", "mul", "div", "true_divide", "addcmul"})
 _ELEMENTWISE = frozenset(
@@ -92,8 +92,6 @@ def _along(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _transpose(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     one, other = (each % tokens.ndim for each in (*args[1:], *kwargs.values()))
     axis = {one: other, other: one}.get(tokens.axis, tokens.axis)
@@ -101,8 +99,6 @@ def _transpose(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _permute(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     order = kwargs.get("dims", args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:])
     axis = [each % tokens.ndim for each in order].index(tokens.axis)
@@ -110,8 +106,6 @@ def _permute(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _reshape(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     given = kwargs.get("shape", kwargs.get("size", args[1] if isinstance(args[1], (list, tuple)) else args[1:]))
     if not all(isinstance(each, int) for each in given):
@@ -120,8 +114,6 @@ def _reshape(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _unflatten(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     given: list[Any] = [*args[1:], *kwargs.values()]
     dim, sizes = given
@@ -132,8 +124,6 @@ def _unflatten(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _flatten(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     first = kwargs.get("start_dim", args[1] if len(args) > 1 else 0) % tokens.ndim
     last = kwargs.get("end_dim", args[2] if len(args) > 2 else -1) % tokens.ndim
@@ -165,16 +155,12 @@ def _resolved(shape: Sequence[int], total: int) -> list[int]:
 
 
 def _unsqueeze(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     dim = kwargs.get("dim", args[-1]) % (tokens.ndim + 1)
     return tokens.map(lambda part: call(function, part, dim), tokens.axis + (dim <= tokens.axis))
 
 
 def _squeeze(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
     if not isinstance(dim, int) or dim % tokens.ndim == tokens.axis:
         return NotImplemented
@@ -184,8 +170,6 @@ def _squeeze(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _split(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     sizes = kwargs.get("split_size_or_sections", kwargs.get("split_size", args[1] if len(args) > 1 else None))
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % tokens.ndim
@@ -198,8 +182,6 @@ def _split(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _chunk(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % tokens.ndim
     if dim == tokens.axis:
@@ -208,8 +190,6 @@ def _chunk(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _unbind(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     tokens = args[0]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % tokens.ndim
     if dim == tokens.axis:
@@ -218,8 +198,6 @@ def _unbind(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _narrow_rule(function: Any, args: Any, kwargs: Any) -> Any:
-    if not isinstance(args[0], Tokens):
-        return NotImplemented
     given: list[Any] = [*args, *kwargs.values()]
     tokens, dim, start, length = given
     if dim % tokens.ndim != tokens.axis:
@@ -291,6 +269,13 @@ def _before(indices: Sequence[Any], axis: int) -> Iterator[Any]:
         yield each
 
 
+def _for_tokens(rule: Rule) -> Rule:
+    """``rule``, which holds where the first argument is a sequence."""
+    return lambda function, args, kwargs: (
+        rule(function, args, kwargs) if isinstance(args[0], Tokens) else NotImplemented
+    )
+
+
 def concatenated(values: Sequence[Any], axis: int) -> Tokens:
     """Parts one after another, of which some may be sequences themselves."""
     parts: list[Part] = []
@@ -303,18 +288,18 @@ RULES |= {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(_OF_CHANNELS, _of_channels),
     **dict.fromkeys(_ALONG, _along),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
-    **dict.fromkeys(("reshape", "view"), _reshape),
-    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _for_tokens(_transpose)),
+    **dict.fromkeys(("reshape", "view"), _for_tokens(_reshape)),
+    **dict.fromkeys(("split", "split_with_sizes"), _for_tokens(_split)),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
-    "permute": _permute,
-    "unflatten": _unflatten,
-    "flatten": _flatten,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "chunk": _chunk,
-    "unbind": _unbind,
-    "narrow": _narrow_rule,
+    "permute": _for_tokens(_permute),
+    "unflatten": _for_tokens(_unflatten),
+    "flatten": _for_tokens(_flatten),
+    "unsqueeze": _for_tokens(_unsqueeze),
+    "squeeze": _for_tokens(_squeeze),
+    "chunk": _for_tokens(_chunk),
+    "unbind": _for_tokens(_unbind),
+    "narrow": _for_tokens(_narrow_rule),
     "stack": _stack,
     "getitem": _getitem,
 }

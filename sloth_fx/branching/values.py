@@ -166,7 +166,9 @@ class Tokens(Branched):
 
 Part = Tensor | Pair
 
-RULES: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {}
+Rule = Callable[[Any, Any, dict[str, Any]], Any]
+
+RULES: dict[str, Rule] = {}
 """By name of a function, what works on parts of tokens alike: rule(function, args, kwargs), or NotImplemented."""
 
 
