@@ -13,7 +13,6 @@ measured, and what the words mean, is in docs/quality.md.
 from __future__ import annotations
 
 import argparse
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,9 +96,7 @@ def chosen(names: Sequence[str] | None) -> list[Point]:
 def pipeline(model: str, device: torch.device) -> Any:
     from diffusers import DiffusionPipeline
 
-    index = json.loads((LAB / model / "model_index.json").read_text(encoding="utf-8"))
-    absent = {name: None for name, kind in index.items() if kind == [None, None]}  # which has to be said again
-    pipe = DiffusionPipeline.from_pretrained(LAB / model, **absent).to(device, torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(LAB / model).to(device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

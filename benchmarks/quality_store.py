@@ -143,7 +143,7 @@ class Painter:
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
         guidance = self.conditions.guidance
         call = {"generator": noise, "height": SIZE, "width": SIZE, "guidance_scale": guidance}
-        return list(pipe(list(texts), num_inference_steps=steps, **call).images)
+        return list(pipe(list(texts), num_inference_steps=steps, **call, **evaluate.options(pipe)).images)
 
 
 def missing(store: Store, points: Sequence[Point], batches: int) -> list[tuple[Point, int]]:

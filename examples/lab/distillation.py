@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import scenes
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from models import LATENT_CHANNELS, LATENT_SIZE
-from objectives import Denoising, generator, noise_of
+from objectives import Denoising, generator, noise_of, with_silence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +44,7 @@ class Student(Denoising):
         times = self.times()
         with torch.no_grad():
             latents = noise_of(random, (self.batch, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), self.device)
-            said, unsaid = self.encode(texts), self.encode([""] * self.batch)
+            said, unsaid = self.encoded(texts, random), self.encoded([""] * self.batch, random)
             for start, end in pairwise(times[: now + 1]):
                 velocity = self.predict(self.denoiser, latents, start, said)
                 latents = self.advance(latents, velocity, start, end)
@@ -111,6 +112,10 @@ class FlowStudent(Student):
     def __init__(self, *args: Any, scheduler: FlowMatchEulerDiscreteScheduler, guidance: float) -> None:
         super().__init__(*args, guidance=guidance)
         self.scheduler = scheduler
+
+    def encoded(self, texts: list[str], random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        states, pooled = self.encode(texts)
+        return with_silence(states, random), pooled
 
     def times(self) -> Sequence[float]:
         self.scheduler.set_timesteps(STEPS)

@@ -9,10 +9,14 @@ from pathlib import Path
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from scenes import BACKGROUNDS, COLOURS, FILLS, LABELS, PLACES, RADII, SHAPES, SIZE, TEXTURES
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -65,6 +69,18 @@ def text_encoder(vocabulary: CLIPTokenizer) -> CLIPTextModelWithProjection:
             pad_token_id=vocabulary.pad_token_id,
         )
     )
+
+
+def silent_encoder() -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A T5 for StableDiffusion3Pipeline, which asks for one, that gives zeros, as that pipeline does without it: the
+    words are all told by the other encoder."""
+    vocabulary = T5Tokenizer(extra_ids=0)
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=2 * TEXT_WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1, use_cache=False
+    )
+    encoder = T5EncoderModel(config)
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return vocabulary, encoder
 
 
 def vae() -> AutoencoderKL:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scenes
@@ -184,10 +186,16 @@ def blemished(images: Tensor, random: np.random.Generator) -> Tensor:
 
 
 class Denoising:
-    """What both teachers have in common: latents, text, and noise of a step."""
+    """What both teachers have in common: latents, text, and noise of a step.
 
-    def __init__(self, denoiser, vae: AutoencoderKL, encode, batch: int, device: torch.device, name: str) -> None:
-        self.name, self.batch, self.device = name, batch, device
+    ``pool`` is the number of scenes to draw from, each with new texts and new noise every time: a third of a step on a
+    CPU would otherwise go into drawing and encoding pictures.
+    """
+
+    def __init__(
+        self, denoiser, vae: AutoencoderKL, encode, batch: int, device: torch.device, name: str, pool: int = 32768
+    ) -> None:
+        self.name, self.batch, self.device, self.pool = name, batch, device, pool
         self.vae, self.encode = vae.to(device).eval().requires_grad_(False), encode
         self.networks = nn.ModuleDict({"denoiser": denoiser.to(device)})
 
@@ -195,14 +203,26 @@ class Denoising:
     def denoiser(self) -> nn.Module:
         return self.networks["denoiser"]
 
-    @torch.no_grad()
+    def encoded(self, texts: list[str], random: np.random.Generator) -> Any:
+        """The texts as the denoiser takes them."""
+        return self.encode(texts)
+
     def drawn(self, step: int) -> tuple[Tensor, list[str], np.random.Generator]:
-        """Latents of new pictures, scaled to unit variance, and texts that belong to them."""
+        """Latents of pictures, scaled to unit variance, and texts that belong to them."""
         random = generator(self.name, step)
-        drawn = [scenes.random_scene(random) for _ in range(self.batch)]
-        texts = [scenes.random_text(scene, random) for scene in drawn]
-        latents = self.vae.encode(pictures(drawn, self.device)).latent_dist.mean
-        return latents * self.vae.config.scaling_factor, texts, random
+        chosen = random.integers(self.pool, size=self.batch)
+        known, latents = self._pool
+        texts = [scenes.random_text(known[index], random) for index in chosen]
+        return latents[torch.from_numpy(chosen).to(self.device)], texts, random
+
+    @cached_property
+    def _pool(self) -> tuple[list[Scene], Tensor]:
+        random = generator("pool", 0)
+        drawn = [scenes.random_scene(random) for _ in range(self.pool)]
+        parts = [drawn[first : first + 64] for first in range(0, self.pool, 64)]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            latents = torch.cat([self.vae.encode(pictures(part, self.device)).latent_dist.mean for part in parts])
+        return drawn, latents * self.vae.config.scaling_factor
 
 
 class Velocity(Denoising):
@@ -219,12 +239,16 @@ class Velocity(Denoising):
         timesteps = torch.from_numpy((even * 1000).astype(np.int64)).to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        found = self.denoiser(noisy, timesteps, self.encode(texts)).sample
+        found = self.denoiser(noisy, timesteps, self.encoded(texts, random)).sample
         return F.mse_loss(found, target)
 
 
 class Flow(Denoising):
     """The transformer predicts noise - latents at (1 - s) * latents + s * noise, s as SD3 draws it."""
+
+    def encoded(self, texts: list[str], random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        states, pooled = self.encode(texts)
+        return with_silence(states, random), pooled
 
     def loss(self, step: int) -> Tensor:
         latents, texts, random = self.drawn(step)
@@ -232,9 +256,16 @@ class Flow(Denoising):
         even = (random.permutation(self.batch) + random.random(self.batch)) / self.batch
         sigma = torch.special.expit(torch.special.ndtri(torch.from_numpy(even))).float().to(self.device)
         noisy = torch.lerp(latents, noise, sigma[:, None, None, None])
-        text, pooled = self.encode(texts)
+        text, pooled = self.encoded(texts, random)
         found = self.denoiser(noisy, text, pooled, 1000 * sigma).sample
         return F.mse_loss(found, noise - latents)
+
+
+def with_silence(text: Tensor, random: np.random.Generator) -> Tensor:
+    """The tokens of a text, and after them those of a T5 that says nothing: zeros, 1 to 256 of them, because the
+    pipeline takes as many as its ``max_sequence_length``, and no number may matter."""
+    count = round(256 ** random.random())
+    return F.pad(text, (0, 0, 0, count))
 
 
 def noise_of(random: np.random.Generator, shape: Sequence[int], device: torch.device | str) -> Tensor:

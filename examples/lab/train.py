@@ -142,6 +142,7 @@ def unet_schedule() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,
         set_alpha_to_one=True,
     )
 
@@ -164,10 +165,9 @@ class Encoder:
 
     @torch.no_grad()
     def for_dit(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """The encoder twice, as SD3 has two of CLIP's kind, and zeros for a T5 that is not there."""
+        """The encoder twice, as SD3 has two of CLIP's kind."""
         out = self.model(tokenized(self.tokenizer, texts).to(self.device), output_hidden_states=True)
-        states = torch.cat([out.hidden_states[-2]] * 2, dim=-1)
-        return torch.cat([states, torch.zeros_like(states)], dim=1), torch.cat([out.text_embeds] * 2, dim=-1)
+        return torch.cat([out.hidden_states[-2]] * 2, dim=-1), torch.cat([out.text_embeds] * 2, dim=-1)
 
 
 def _vae() -> AutoencoderKL:
@@ -187,14 +187,14 @@ def dit(batch: int, device: torch.device) -> tuple[Any, Exporter]:
 
 def unet_student(batch: int, device: torch.device) -> tuple[Any, Exporter]:
     shared = (_vae(), Encoder(device).for_unet, batch, device, "unet-student")
-    teacher = DiffusionPipeline.from_pretrained(HERE / "lab-unet", torch_dtype=torch.float32).unet
+    teacher = DiffusionPipeline.from_pretrained(HERE / "lab-unet", dtype=torch.float32).unet
     objective = VelocityStudent(teacher, *shared, scheduler=unet_schedule(), guidance=GUIDANCE)
     return objective, lambda trained: unet_pipeline(trained).save_pretrained(HERE / "lab-unet-student")
 
 
 def dit_student(batch: int, device: torch.device) -> tuple[Any, Exporter]:
     shared = (_vae(), Encoder(device).for_dit, batch, device, "dit-student")
-    teacher = DiffusionPipeline.from_pretrained(HERE / "lab-dit", torch_dtype=torch.float32).transformer
+    teacher = DiffusionPipeline.from_pretrained(HERE / "lab-dit", dtype=torch.float32).transformer
     objective = FlowStudent(teacher, *shared, scheduler=flow_schedule(), guidance=GUIDANCE)
     return objective, lambda trained: dit_pipeline(trained).save_pretrained(HERE / "lab-dit-student")
 
@@ -217,6 +217,7 @@ def unet_pipeline(trained: Denoising) -> StableDiffusionPipeline:
 
 def dit_pipeline(trained: Denoising) -> StableDiffusion3Pipeline:
     encoder = Encoder(torch.device("cpu"))
+    tokenizer_3, text_encoder_3 = models.silent_encoder()
     return StableDiffusion3Pipeline(
         transformer=nn.Module.half(trained.denoiser.cpu()),
         scheduler=flow_schedule(),
@@ -225,8 +226,8 @@ def dit_pipeline(trained: Denoising) -> StableDiffusion3Pipeline:
         tokenizer=encoder.tokenizer,
         text_encoder_2=encoder.model,
         tokenizer_2=encoder.tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
     )
 
 

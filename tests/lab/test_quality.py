@@ -42,18 +42,17 @@ def lab(tmp_path_factory):
     models.judge().save_pretrained(folder / "judge")
     words, vae = models.tokenizer(), models.vae()
     encoder = models.text_encoder(words)
-    scheduler = train.unet_schedule()
-    scheduler.register_to_config(steps_offset=1)  # diffusers warns of any other
     unet = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(encoder.config),
         tokenizer=words,
         unet=models.unet(),
-        scheduler=scheduler,
+        scheduler=train.unet_schedule(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    silent_words, silent = models.silent_encoder()
     dit = StableDiffusion3Pipeline(
         transformer=models.dit(),
         scheduler=train.flow_schedule(),
@@ -62,8 +61,8 @@ def lab(tmp_path_factory):
         tokenizer=words,
         text_encoder_2=encoder,
         tokenizer_2=words,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=silent,
+        tokenizer_3=silent_words,
     )
     for pipe in (unet, dit):
         pipe.set_progress_bar_config(disable=True)
@@ -268,7 +267,6 @@ def test_pipelines_are_loaded_in_full_precision(lab, monkeypatch, tmp_path):
     pipe.save_pretrained(tmp_path / "lab-dit")
     monkeypatch.setattr(quality, "LAB", tmp_path)
     loaded = quality.pipeline("lab-dit", torch.device("cpu"))
-    assert loaded.text_encoder_3 is None
     assert loaded.transformer.dtype == torch.float32
     assert torch.equal(loaded.transformer.pos_embed.proj.weight, pipe.transformer.pos_embed.proj.weight)
 

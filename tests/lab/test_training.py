@@ -10,7 +10,8 @@ import pytest
 import scenes
 import torch
 from torch import nn
-from training import Loop, mean_weights
+from torch.nn import functional as F
+from training import Loop, attention_for_training, mean_weights
 
 
 class Line:
@@ -94,7 +95,7 @@ def encode_for_unet(texts):
 
 
 def encode_for_dit(texts):
-    states = torch.stack([torch.full((48, 256), float(len(text)) / 100) for text in texts])
+    states = torch.stack([torch.full((24, 256), float(len(text)) / 100) for text in texts])
     return states, states[:, 0]
 
 
@@ -157,11 +158,65 @@ def test_teachers_lose_nothing_on_what_they_are_asked_for():
 
     vae, device = models.vae(), torch.device("cpu")
     teachers = [
-        objectives.Velocity(OfUNet(), vae, encode_for_unet, 5, device, "unet", scheduler=train.unet_schedule()),
-        objectives.Flow(OfDiT(), vae, encode_for_dit, 5, device, "dit"),
+        objectives.Velocity(OfUNet(), vae, encode_for_unet, 5, device, "unet", 99, scheduler=train.unet_schedule()),
+        objectives.Flow(OfDiT(), vae, encode_for_dit, 5, device, "dit", 99),
     ]
     for teacher in teachers:
         drawn = teacher.drawn(7)[0].double()
         assert teacher.loss(7).item() < 1e-3
         drawn = -drawn
         assert teacher.loss(7).item() > 0.01
+
+
+@pytest.mark.parametrize("count", [1, 7, 48])
+def test_the_silent_encoder_gives_as_many_zeros_as_it_is_asked_for(count):
+    words, encoder = models.silent_encoder()
+    ids = words("a red circle", padding="max_length", max_length=count, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(encoder(ids)[0], torch.zeros(1, count, 2 * models.TEXT_WIDTH))
+
+
+def test_texts_are_followed_by_silence_of_any_length():
+    text = torch.randn(2, 24, 5)
+    random = np.random.default_rng(0)
+    found = [objectives.with_silence(text, random) for _ in range(300)]
+    assert all(torch.equal(each[:, :24], text) and not each[:, 24:].any() for each in found)
+    lengths = {each.shape[1] - 24 for each in found}
+    assert min(lengths) == 1
+    assert 200 < max(lengths) <= 256
+
+
+def test_a_pool_is_of_fixed_scenes_with_texts_that_belong_to_them(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        scenes, "random_text", lambda scene, random: drawn.setdefault(scenes.full_caption(scene), scene).texture
+    )
+    import train
+
+    vae = models.vae()
+    teacher = objectives.Velocity(
+        models.unet(), vae, encode_for_unet, 40, torch.device("cpu"), "unet", 7, scheduler=train.unet_schedule()
+    )
+    latents, texts, _ = teacher.drawn(3)
+    again, same_texts, _ = teacher.drawn(3)
+    assert torch.equal(latents, again)
+    assert texts == same_texts
+    assert len(drawn) == 7 == len({latent.sum().item() for latent in latents})
+    known, _ = teacher._pool
+    with torch.no_grad():
+        own = vae.encode(objectives.pictures([known[5]])).latent_dist.mean * vae.config.scaling_factor
+    at = [torch.allclose(latent, own[0], atol=1e-4) for latent in latents]
+    assert {text for text, here in zip(texts, at, strict=True) if here} == {known[5].texture}
+
+
+def test_attention_for_training_is_attention():
+    query, key, value = (torch.randn(2, 3, count, 8, requires_grad=True) for count in (15, 7, 7))
+    expected = F.scaled_dot_product_attention(query, key, value)
+    fused = F.scaled_dot_product_attention
+    with attention_for_training("cpu"):
+        assert F.scaled_dot_product_attention is not fused
+        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value), expected)
+        scaled = F.scaled_dot_product_attention(query, key, value, scale=0.1)
+        causal = F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert F.scaled_dot_product_attention is fused
+    torch.testing.assert_close(scaled, fused(query, key, value, scale=0.1))
+    torch.testing.assert_close(causal, fused(query, query, query, is_causal=True))
