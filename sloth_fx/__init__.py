@@ -8,6 +8,7 @@ from sloth_fx.inspection import context, graph, inspect, report
 from sloth_fx.integrations import attach
 from sloth_fx.model_adapters import ModelAdapter, register_adapter
 from sloth_fx.operators import KeyLayout
+from sloth_fx.perturbation_specs import PAG, SAG, SEG, SLG, TPG, Perturb
 from sloth_fx.report import Report
 from sloth_fx.saving import load, save
 from sloth_fx.schedule import Constant, Moment, NoiseSchedule, PeakDecay, StepDecay
@@ -29,6 +30,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NAG",
+    "PAG",
+    "SAG",
+    "SEG",
+    "SLG",
+    "TPG",
     "AttentionSite",
     "Constant",
     "HyperTile",
@@ -40,6 +46,7 @@ __all__ = [
     "NearSightedTile",
     "NoiseSchedule",
     "PeakDecay",
+    "Perturb",
     "Reduction",
     "Report",
     "Sigma",

@@ -34,7 +34,8 @@ def clone(model: nn.Module) -> nn.Module:
 def _alias(tensor: Tensor) -> Tensor:
     alias: Tensor = tensor.detach()
     if isinstance(tensor, nn.Parameter):
-        alias = nn.Parameter(alias, requires_grad=tensor.requires_grad)
+        with torch.inference_mode(tensor.is_inference()):  # elsewhere, parameters of such tensors cannot have gradients
+            alias = nn.Parameter(alias, requires_grad=tensor.requires_grad)
         alias.__dict__.update(tensor.__dict__)
     return alias
 
@@ -101,7 +102,7 @@ class Variant:
 
 
 def _idle(layout: Any) -> bool:
-    return layout.neutral and not layout.guided
+    return layout.neutral and not layout.guided and not layout.perturbed
 
 
 def _equal(tensor: Tensor, value: Tensor) -> bool:

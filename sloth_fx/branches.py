@@ -6,6 +6,7 @@ a larger batch, of whose result the first rows are kept.
 
 from __future__ import annotations
 
+import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sloth_fx.branching import Pair, positive_of
+from sloth_fx.branching import Pair, TwoLengths, positive_of, run_apart, take_lengths
+from sloth_fx.capture.call import substitute
 from sloth_fx.capture.capture import Call
-from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.capture.skeleton import Rehearsal, Skeleton
+from sloth_fx.dynamo import outside_graphs
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Negative, Original, batch_of
 from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.guide import GuidedResult, Rows, SharedImage, picked
+from sloth_fx.passes.conditioned import Rows, picked
+from sloth_fx.passes.one_image import BranchedAttention, GuidedResult, SharedImage
 
 NAME = "sloth_branches"
 _UNBRANCHED = "_sloth_fx_unbranched_forward"
@@ -44,7 +48,11 @@ class Branches(nn.Module):
         self.batch = 0
         self.negative: dict[str, Tensor] = {}  # by name; no state of the model
         self.shares = False
+        self.lengths: list[str] = []  # what is longer or shorter in the negative text, in words
+        self.reads = False  # the host, what it computes: numbers that may differ between the branches
+        self.apart: list[str] = []  # modules in which it does so
         self.done: Any = None
+        self.as_python = outside_graphs(_differing)
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
@@ -58,24 +66,34 @@ class Branches(nn.Module):
         state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
         if state == self.done:
             return
-        check_rows(self.arguments, call)
+        if not self.shares:
+            check_rows(self.arguments, call)
         batch = batch_of(self.arguments, call, len(rows))
+        listed = negative.listed(given, batch) if self.shares else {}
         unknown = [name for name in negative.tensors if name not in given]
         if unknown:
             raise SlothError(
                 f"the negative text has {', '.join(unknown)}, which this call of the model does not: give both or none"
             )
         found = {}
-        for name in negative.tensors:
-            if given[name].ndim == 0 or given[name].shape[0] != batch:
-                continue  # the same for all rows
-            own = negative.rows(name, given[name], len(rows), batch)
-            if own.shape != given[name].shape:
+        for name in {**negative.tensors, **listed}:
+            text = given[name]
+            own = listed[name] if name in listed else negative.rows(name, text, len(rows), batch)
+            alone = text.ndim == 0 or text.shape[0] != batch  # the same for all rows
+            if self.shares and not (alone and own.shape == text.shape and torch.equal(own, text)):
+                found[name] = _checked_length(name, own, text)
+            elif own.shape != text.shape:
                 raise SlothError(
-                    f"the negative {name} has {own.shape[1]} tokens and the other {given[name].shape[1]}: they pass "
+                    f"the negative {name} has {own.shape[1]} tokens and the other {text.shape[1]}: they pass "
                     "this model side by side, so pad them to the same length"
                 )
-            found[name] = own if self.shares else picked(own, rows, batch)
+            elif not self.shares and not alone:
+                found[name] = picked(own, rows, batch)
+        self.lengths = [
+            f"{name} {tuple(given[name].shape)}, {tuple(own.shape)}"
+            for name, own in found.items()
+            if self.shares and own.shape != given[name].shape
+        ]
         self.negative, self.batch, self.done = found, batch, state
 
     def widened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -90,7 +108,7 @@ class Branches(nn.Module):
         if isinstance(value, Tensor):
             more = self.negative.get(name)
             if self.shares:
-                return value if more is None else self._paired(value, more)
+                return value if more is None else Pair(value, more)
             if more is None and value.ndim > 0 and value.shape[0] == self.batch:
                 more = picked(value, self.rows, self.batch)
             return value if more is None else torch.cat([value, more])
@@ -99,13 +117,6 @@ class Branches(nn.Module):
         if isinstance(value, (list, tuple)):
             return type(value)(self._widened(f"{name}_{index}", item) for index, item in enumerate(value))
         return value
-
-    def _paired(self, text: Tensor, negative: Tensor) -> Pair:
-        """Both texts; where a row is not guided, they are the same."""
-        if all(self.rows):
-            return Pair(text, negative)
-        parts = zip(text.chunk(len(self.rows)), negative.chunk(len(self.rows)), self.rows, strict=True)
-        return Pair(text, torch.cat([other if guided else own for own, other, guided in parts]))
 
     def narrowed(self, result: Any) -> Any:
         """The result without the branch of the negative text."""
@@ -118,6 +129,17 @@ class Branches(nn.Module):
             return value[: self.batch] if own else value
 
         return tree_map(narrow, result)
+
+
+def _checked_length(name: str, own: Tensor, text: Tensor) -> Tensor:
+    """The negative text, unless what has one token in only one of the branches would be spread over all of them."""
+    shapes = zip(own.shape, text.shape, strict=False)
+    if own.ndim != text.ndim or any(one != other and 1 in (one, other) for one, other in shapes):
+        raise SlothError(
+            f"the negative {name} has shape {tuple(own.shape)}, and that of this call {tuple(text.shape)}: a single "
+            "token goes with a single token only, so pad them to the same length"
+        )
+    return own
 
 
 def check_rows(arguments: Arguments, call: Call) -> None:
@@ -153,28 +175,79 @@ def check_widens(original: Original, arguments: Arguments, call: Call) -> None:
             ) from error
 
 
+def choose_way(model: nn.Module, branches: Branches, call: Call) -> str | None:
+    """Let ``model``, which has ``branches``, compute once what both texts have in common; or say why its calls are
+    widened. Raises :class:`SlothError` where neither is possible."""
+    reason = why_not_shared(model, call)
+    if reason is None:
+        share(model)
+        return None
+    try:
+        check_widens(branches.original, branches.arguments, call)
+    except SlothError as error:
+        raise SlothError(f"{error}; and what both texts have in common cannot be computed once ({reason})") from error
+    return reason
+
+
 def why_not_shared(model: nn.Module, call: Call) -> str | None:
     """Why calls of ``model``, patched and with branches, cannot compute once what both texts have in common: tried on a
-    copy without data."""
+    copy without data, and where the host is steered by what it computes, on real data."""
     skeleton = Skeleton(model)
-    fake = skeleton.fake_inputs(call)
-    share(skeleton.model)
-    for module in skeleton.model.modules():
+    reason, by_data = _why_not(skeleton, skeleton.fake_inputs(call))
+    tensors = [*model.parameters(), *model.buffers()]
+    if not by_data or any(each.is_meta for each in tensors):
+        return reason
+    device = tensors[0].device if tensors else torch.device("cpu")
+    real = substitute(call, lambda each: each.detach().to(device))
+    trial = Rehearsal(model)
+    reason, _ = _why_not(trial, real)
+    if reason is None:
+        _branches_of(model).reads = True
+        _branches_of(model).apart = _branches_of(trial.model).apart
+    return reason
+
+
+def _why_not(trial: Skeleton | Rehearsal, call: Call) -> tuple[str | None, bool]:
+    """What is raised where ``trial`` runs on a call in two branches, and whether that is for want of data."""
+    share(trial.model)
+    for module in trial.model.modules():
         layout = getattr(module, "layout", None)
         if isinstance(layout, KeyLayout):
             module.__dict__["layout"] = layout._replace(guided=True)
-    branches = skeleton.model._modules[NAME]
-    assert isinstance(branches, Branches)
-    text = [id(each) for each in branches.arguments.text(*fake).values()]
-    labelled = branches.original.labelled(fake)
-    branches.negative = {name: each for name, each in labelled.items() if id(each) in text or "pooled" in name}
-    try:
-        with skeleton.running():
-            skeleton.model(*fake[0], **fake[1])
-    except Exception as error:  # whatever the host's Python does with what stands for a tensor
-        reason = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
-    return None
+    branches = _branches_of(trial.model)
+    branches.reads = isinstance(trial, Rehearsal)
+    text = [id(each) for each in branches.arguments.text(*call).values()]
+    labelled = branches.original.labelled(call)
+    branches.negative = {
+        name: each.roll(1, -1) for name, each in labelled.items() if id(each) in text or "pooled" in name
+    }
+    while True:
+        try:
+            with trial.running():
+                trial.model(*call[0], **call[1])
+            return None, False
+        except Exception as error:  # whatever the host's Python does with what stands for a tensor
+            cause = error.__cause__ or error
+            apart = _innermost(trial.model, cause) if branches.reads else None
+            if apart is None or apart in branches.apart:
+                reason = str(cause).strip().splitlines()
+                for_want = not branches.reads and not isinstance(cause, TypeError)
+                return f"{type(cause).__name__}: {reason[0] if reason else 'no message'}", for_want
+            branches.apart.append(apart)
+            run_apart(trial.model.get_submodule(apart))
+
+
+def _innermost(model: nn.Module, error: BaseException) -> str | None:
+    """The innermost module that raised an error, of those in which no image reads text."""
+    names = {id(module): name for name, module in model.named_modules() if not _guides(module)}
+    frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = [names[id(each)] for each in frames if id(each) in names]
+    return found[-1] if found else None
+
+
+def _guides(module: nn.Module) -> bool:
+    kinds = (Branches, SharedImage, GuidedResult, BranchedAttention)
+    return any(isinstance(each, kinds) for each in module.modules())
 
 
 def share(model: nn.Module) -> None:
@@ -182,6 +255,9 @@ def share(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (Branches, SharedImage, GuidedResult)):
             module.shares = True
+    take_lengths(model)
+    for name in _branches_of(model).apart:
+        run_apart(model.get_submodule(name))
 
 
 def install(model: nn.Module, branches: Branches) -> None:
@@ -197,11 +273,37 @@ def is_branched(model: nn.Module) -> bool:
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    branches = self._modules[NAME]
-    assert isinstance(branches, Branches)
+    branches = _branches_of(self)
+    if not branches.layout.guided or not any(branches.rows):
+        return _unbranched(self, args, kwargs)
+    if branches.shares and (branches.reads or branches.lengths):
+        return branches.as_python(self, args, kwargs)
+    return branches.narrowed(_unbranched(self, *branches.widened(args, kwargs)))
+
+
+def _differing(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call in which numbers differ between the branches, which TorchDynamo does not follow."""
+    branches = _branches_of(self)
+    try:
+        with TwoLengths():
+            return branches.narrowed(_unbranched(self, *branches.widened(args, kwargs)))
+    except SlothError:
+        raise
+    except Exception as error:
+        how = f"in length ({'; '.join(branches.lengths)})" if branches.lengths else "in what steers the model"
+        raise SlothError(
+            f"the text and the negative text differ {how}, and with that {type(self).__name__} does not run: "
+            f"{type(error).__name__}: {str(error).strip():.200}. Give all that has a place for each token (masks, "
+            "ids), or pad both to the same length"
+        ) from error
+
+
+def _unbranched(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     own: Callable[..., Any] | None = self.__dict__[_UNBRANCHED]
-    guided = branches.layout.guided and any(branches.rows)
-    if guided:
-        args, kwargs = branches.widened(args, kwargs)
-    result = own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
-    return branches.narrowed(result) if guided else result
+    return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
+
+
+def _branches_of(model: nn.Module) -> Branches:
+    branches = model._modules[NAME]
+    assert isinstance(branches, Branches)
+    return branches

@@ -11,19 +11,25 @@ from sloth_fx.errors import SlothError
 
 
 class Accepts(NamedTuple):
-    """What a parameter accepts: in words, for the error message, and as a predicate."""
+    """What a parameter accepts: in words, for the error message, and as a predicate.
+
+    ``range`` of a number, and whether it is ``whole``, and ``choices`` of text are for whoever shows a parameter.
+    """
 
     words: str
     holds: Callable[[Any], bool]
+    range: tuple[float, float] | None = None
+    whole: bool = False
+    choices: tuple[str, ...] = ()
 
 
 Limits: TypeAlias = Mapping[str, Accepts]
 """Metadata of a dataclass field, ``{"accepts": Accepts}``."""
 
 
-def accepting(words: str, holds: Callable[[Any], bool]) -> Limits:
-    """Field metadata for a value that `holds` is true of."""
-    return {"accepts": Accepts(words, holds)}
+def accepting(words: str, holds: Callable[[Any], bool], **shown: Any) -> Limits:
+    """Field metadata for a value that `holds` is true of; `shown` are other fields of `Accepts`."""
+    return {"accepts": Accepts(words, holds, **shown)}
 
 
 def between(low: float, high: float, *, whole: bool = False) -> Limits:
@@ -32,12 +38,15 @@ def between(low: float, high: float, *, whole: bool = False) -> Limits:
     return accepting(
         f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g}",
         lambda value: isinstance(value, types) and not isinstance(value, bool) and low <= value <= high,
+        range=(low, high),
+        whole=whole,
     )
 
 
 def one_of(*choices: str) -> Limits:
     """Field metadata for one of a few strings."""
-    return accepting("one of " + ", ".join(choices), lambda value: isinstance(value, str) and value in choices)
+    holds = lambda value: isinstance(value, str) and value in choices  # noqa: E731
+    return accepting("one of " + ", ".join(choices), holds, choices=choices)
 
 
 def or_none(limits: Limits) -> Limits:

@@ -13,7 +13,7 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Guide, Negative
-from sloth_fx.passes.guide import Rows
+from sloth_fx.passes.conditioned import Rows
 
 CONDITIONAL = "cond"
 

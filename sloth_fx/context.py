@@ -21,6 +21,7 @@ from sloth_fx.negative import Guide, Negative
 from sloth_fx.operators import KeyLayout
 from sloth_fx.phases import Phases
 from sloth_fx.plan import SitePlan, clocks
+from sloth_fx.prediction import Prediction, sigma_of_flow
 from sloth_fx.schedule import Moment, NoiseSchedule
 from sloth_fx.site import LatentSize
 
@@ -57,12 +58,15 @@ class TimestepContext:
         self._clocks: set[str] = set()
         self._driven = False
         self._steps: int | None = None
+        self._prediction: Prediction | None = None
+        self._sigma_given = False
         self._moment = self._with_sigma(0.0, None)
         self._latent: LatentSize | None = None
         self._given: LatentSize | None = None
         self._shape: tuple[int, ...] = ()
         self._around: tuple[int, int] | None = None
         self._conditioning = Conditioning(expects_negative)
+        self._guidance_scale: float | None = None
         self._applied: tuple[Any, ...] | None = None
         self._current: Layouts = ()
         self._sets: dict[Layouts, int] = {}
@@ -76,19 +80,22 @@ class TimestepContext:
         index, steps = _integer(i), _integer(n)
         if index is None or steps is None or not 0 <= index < steps:
             raise SlothError(f"step(i={i!r}, n={n!r}): n counts the steps of the run, and i goes from 0 to n - 1")
-        self._drive(index / steps, None)
+        self._drive(index / steps, None, (index / steps, (index + 1) / steps))
         self._steps = steps
 
-    def at(self, progress: float, sigma: float | None = None) -> None:
+    def at(self, progress: float, sigma: float | None = None, step: tuple[float, float] | None = None) -> None:
         """The run is at ``progress`` (0: start, 1: end), at noise level ``sigma`` (> 0; default: the model's own
-        schedule at that progress). Raises :class:`SlothError` for anything else.
+        schedule at that progress); ``step`` is the part of the run that this step covers, as progress, from and to.
+        Raises :class:`SlothError` for anything else.
         """
         place, level = _number(progress), None if sigma is None else _number(sigma)
         if not 0 <= place <= 1:
             raise SlothError(f"progress={progress!r}: it goes from 0 (start of sampling) to 1 (its end)")
         if level is not None and not 0 <= level < math.inf:
             raise SlothError(f"sigma={sigma!r}: a noise level is a number from 0")
-        self._drive(place, level)
+        if step is not None and not 0 <= _number(step[0]) <= _number(step[1]) <= 1:
+            raise SlothError(f"step={step!r}: from and to, progress in 0..1 both")
+        self._drive(place, level, step)
 
     def auto(self, noise: NoiseSchedule | None = None) -> None:
         """Follow the timestep argument of each call again.
@@ -125,14 +132,39 @@ class TimestepContext:
         self._conditioning.name_groups(rows)
         self._apply()
 
+    @property
+    def guidance_scale(self) -> float | None:
+        """The scale w of classifier-free guidance that takes what calls return whose rows are all "cond": guidance by
+        perturbed attention divides its own by it, so that u + w (c - u) + s (c - p) results. ``None``, the default:
+        nothing takes it, or the batch has the unconditional rows as well (see :attr:`rows`)."""
+        return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float | None) -> None:
+        if scale is not None and not 0 < _number(scale) < math.inf:
+            raise SlothError(f"guidance_scale={scale!r}: that of classifier-free guidance, above 0, or None for none")
+        self._guidance_scale = None if scale is None else _number(scale)
+        self._apply()
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What the model predicts, for SAG: "epsilon", "v_prediction", "sample", "flow" or "edm", or a
+        :class:`sloth_fx.prediction.Prediction`. ``None``, the default: nobody told."""
+        return self._prediction
+
+    @prediction.setter
+    def prediction(self, given: Any) -> None:
+        self._prediction = given if given is None or isinstance(given, Prediction) else Prediction(given)
+        self._apply()
+
     def set_negative(self, **arguments: Any) -> None:
         """The negative text of NAG, by the model's own names of arguments: ``set_negative(encoder_hidden_states=...)``.
 
         An argument is what it is in a call of the model: embeddings (rows, tokens, channels), masks, pooled embeddings;
-        with one row for all images, or one for each. In cross-attention the number of tokens may be another than that
-        of the text. What is not given (pooled embeddings, sizes) is as in each call, but for what keys and values at
-        hand are computed from (a mask): an error names it. Call it again when weights that the text passes have
-        changed.
+        with one row for all images, or one for each. The number of tokens may be another than that of the text, if all
+        that has a place for each token (masks, ids) is given as well. What is not given (pooled embeddings, sizes) is
+        as in each call, but for what keys and values at hand are computed from (a mask): an error names it. Call it
+        again when weights that the text passes have changed.
 
         Raises :class:`SlothError` where nothing guides, and for names that the model does not take. Shapes are checked
         against those of the next call.
@@ -204,7 +236,7 @@ class TimestepContext:
         count = _STEPS if steps is None else _integer(steps)
         if count is None or count < 1:
             raise SlothError(f"steps={steps!r}: the number of steps of a run, 1 or more")
-        return [self._with_sigma(i / count, None) for i in range(count)]
+        return [self._with_sigma(i / count, None)._replace(step=(i / count, (i + 1) / count)) for i in range(count)]
 
     def sigma_at(self, progress: float) -> float | None:
         """The noise level at ``progress`` by the model's own schedule; ``None`` where that is not known."""
@@ -268,7 +300,7 @@ class TimestepContext:
         """Whether the operators are set for a call with these arguments; it can be asked within a graph."""
         if self._latent is None or not (self._driven or not self._clocks):
             return False
-        if self._guides:
+        if self._guides or self._predicts:
             return False  # whether the negative text is at hand cannot be told within a graph
         if self._adapter.ids is not None:  # values, which a graph does not have
             return tuple(self._arguments.latent(args, kwargs).shape[1:]) == self._shape
@@ -295,11 +327,15 @@ class TimestepContext:
         self._latent = latent
         shape = getattr(self._arguments.latent(args, kwargs), "shape", ())
         self._shape = tuple(shape[1:])
-        if not self._driven and self._clocks:
+        if not self._driven and (self._clocks or self._predicts):
             self._follow(args, kwargs)
-        elif not self._driven and any(plan.merging is not None for plan in self._plans):
+        elif not self._driven and any(plan.draws for plan in self._plans):
             with suppress(SlothError):  # other choices at each step are better, and not needed
                 self._follow(args, kwargs)
+        if self._driven and self._predicts and not self._sigma_given:  # x0 needs that of this very call
+            timestep = _one_number(self._arguments.timestep(args, kwargs))
+            sigma = self._with_sigma(self._adapter.progress(timestep), None, timestep).sigma
+            self._moment = self._moment._replace(sigma=sigma)
         self._check(self._moment)
         self._apply()
         if self._guides:
@@ -315,19 +351,20 @@ class TimestepContext:
             return min(max(1 - timestep / self._noise.steps, 0.0), 1.0)
         return self._adapter.progress(timestep)
 
-    def _drive(self, progress: float, sigma: float | None) -> None:
-        moment = self._with_sigma(progress, sigma)
+    def _drive(self, progress: float, sigma: float | None, step: tuple[float, float] | None) -> None:
+        moment = self._with_sigma(progress, sigma)._replace(step=step)
         self._check(moment)
         self._driven = True
         self._steps = None
         self._moment = moment
+        self._sigma_given = sigma is not None
         self._apply()
 
     def _apply(self) -> None:
         if self._latent is None or self._lacks_sigma(self._moment):
             return  # the next call of the model brings the one, and raises for want of the other
         halves, rows = self._conditioning.groups, self._conditioning.rows
-        state = (self._moment, self._latent, halves, rows)
+        state = (self._moment, self._latent, halves, rows, self._guidance_scale, self._prediction)
         changed = state != self._applied
         if changed:
             self._current = self.layouts()
@@ -339,8 +376,12 @@ class TimestepContext:
                     operator.set_layout(layout, halves)
                 if changed and hasattr(operator, "set_rows"):
                     operator.set_rows(rows)
-                if changed and plan.merging is not None and hasattr(operator, "set_seed"):
+                if changed and plan.draws and hasattr(operator, "set_seed"):
                     operator.set_seed(plan.seed(self._moment))
+                if changed and hasattr(operator, "set_prediction"):
+                    operator.set_prediction(self._prediction)
+                if changed and hasattr(operator, "set_moment"):
+                    operator.set_moment(self._moment, self._guidance_scale)
 
     def _layouts(self, moment: Moment) -> Layouts:
         if self._latent is None:
@@ -356,12 +397,20 @@ class TimestepContext:
                 "at(progress, sigma=...) or auto(NoiseSchedule(...))"
             )
 
+    @property
+    def _predicts(self) -> bool:
+        """Whether something here needs to know what the model predicts."""
+        return any(hasattr(operator, "set_prediction") for operators in self._operators for operator in operators)
+
     def _lacks_sigma(self, moment: Moment) -> bool:
         return "sigma" in self._clocks and moment.sigma is None
 
     def _with_sigma(self, progress: float, sigma: float | None, timestep: float | None = None) -> Moment:
         if sigma is None and self._noise is not None:
             sigma = self._noise.sigma((1 - progress) * self._noise.steps if timestep is None else timestep)
+        flow = self._prediction is not None and self._prediction.kind in ("flow", "reversed_flow")
+        if sigma is None and flow and timestep is not None:
+            sigma = sigma_of_flow(self._adapter.progress(timestep))
         return Moment(progress, sigma)
 
     def _warn_of_recompiles(self, model: nn.Module, compiled: bool) -> None:

@@ -4,7 +4,7 @@ Counted are the two matrix products of each attention, query with key and weight
 for each head and each pair of a query and a key that it sees, for one sample and one call of the model. Projections,
 softmax, and the pooling itself are not. Memory is that of the keys and values that attention takes, each once,
 however many tiles see it, and for as many heads as there are of queries. A negative text counts as many tokens as the
-text has.
+text has. What guidance by perturbed attention asks the model once more is not counted.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sloth_fx.branches import check_widens
 from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
@@ -42,9 +41,7 @@ def guidance_for(plan: Plan, found: Survey, call: Call) -> Guidance:
     reason = _why_not_beforehand(sites, numbers, found, call)
     if reason is None:
         return Guidance(plan, numbers)
-    branched = _branched(plan, found, reason)
-    check_widens(Original(found.skeleton), Arguments(found.skeleton.model, found.adapter), call)
-    return Guidance(branched, {}, reason)
+    return Guidance(_branched(plan, found, reason), {}, reason)
 
 
 def _softmax(sites: Sequence[AttentionSite]) -> list[AttentionSite]:

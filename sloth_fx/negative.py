@@ -18,8 +18,9 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
+from sloth_fx.passes.conditioned import Rows
 from sloth_fx.passes.core import AttentionCore, attention_cores
-from sloth_fx.passes.guide import GuidedAttention, Rows
+from sloth_fx.passes.guide import GuidedAttention
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,23 @@ class Negative:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Negative:
         return cls(dict(arguments), {name: each.detach() for name, each in _tensors(arguments).items()})
+
+    def listed(self, given: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+        """What the ``rows`` of a call take that gives each its own text, in a list: one text is for all of them, and
+        of several each is for an image. Raises :class:`SlothError` for another number."""
+        texts: dict[str, int] = {}
+        for name in self.tensors:
+            stem, _, index = name.rpartition("_")
+            if stem and index.isdecimal():
+                texts[stem] = texts.get(stem, 0) + 1
+        found: dict[str, Tensor] = {}
+        for stem, count in texts.items():
+            names = [name for name in given if name.rpartition("_")[0] == stem and name.rpartition("_")[2].isdecimal()]
+            if len(names) == rows and rows % count:
+                raise SlothError(f"the negative {stem} has {count} texts: give 1, or one for each of the {rows} images")
+            if len(names) == rows:
+                found |= {name: self.tensors[f"{stem}_{index % count}"] for index, name in enumerate(names)}
+        return {name: each.to(given[name].device, given[name].dtype) for name, each in found.items()}
 
     def rows(self, name: str, like: Tensor | None, groups: int, batch: int) -> Tensor:
         """The tensor ``name`` for each row of a ``batch`` in so many ``groups``; ``like`` is what the call gives in its
@@ -148,8 +166,7 @@ class NegativeKeys:
 
 def batch_of(arguments: Arguments, call: Call, groups: int) -> int:
     """Rows of the batch of a call. Raises :class:`SlothError` where they are not so many equal ``groups``."""
-    latent = arguments.latent(*call)
-    batch = int(latent.shape[0]) if isinstance(latent, Tensor) else 0
+    batch = arguments.rows(*call)
     if batch == 0 or batch % groups:
         raise SlothError(
             f"a batch of {batch} rows cannot be divided into {groups} groups of conditioning: say which there are with "

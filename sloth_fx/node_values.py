@@ -15,21 +15,22 @@ from sloth_fx.schedule import PeakDecay, StepDecay
 
 
 class Parameter(NamedTuple):
-    """One input of a node: its default and what it takes."""
+    """One input of a node: its default, what it takes, and the step by which its widget changes a number."""
 
     default: Any
     limits: Limits
+    step: float = 1
 
 
 Form: TypeAlias = Mapping[str, Parameter]
 
 
-def _number(default: float, low: float, high: float) -> Parameter:
-    return Parameter(default, between(low, high))
+def _number(default: float, low: float, high: float, step: float) -> Parameter:
+    return Parameter(default, between(low, high), step)
 
 
 MODE = Parameter("2D_AVG", one_of("1D_AVG", "1D_MAX", "2D_AVG", "2D_MAX"))
-BLEND = _number(0.0, 0, 1)
+BLEND = _number(0.0, 0, 1, 0.05)
 
 
 def _sides(rate: str, depth_decay: Parameter) -> Form:
@@ -40,7 +41,7 @@ def _sides(rate: str, depth_decay: Parameter) -> Form:
         for name, parameter in {
             "mode": MODE,
             "depth_decay": depth_decay,
-            rate: _number(default, 0, 50),
+            rate: _number(default, 0, 50, 0.5),
             "k_blend": BLEND,
             "v_blend": BLEND,
         }.items()
@@ -50,22 +51,22 @@ def _sides(rate: str, depth_decay: Parameter) -> Form:
 def _tiling(size: tuple[int, int], most: int, ratio: tuple[float, float], ratio_most: float) -> Form:
     """Tile size and global ratio, each at base and at the peak of the schedule."""
     return {
-        "base_tile_size": Parameter(size[0], between(16, most, whole=True)),
-        "peak_tile_size": Parameter(size[1], between(16, most, whole=True)),
-        "base_global_ratio": _number(ratio[0], 0, ratio_most),
-        "peak_global_ratio": _number(ratio[1], 0, ratio_most),
+        "base_tile_size": Parameter(size[0], between(16, most, whole=True), 2),
+        "peak_tile_size": Parameter(size[1], between(16, most, whole=True), 2),
+        "base_global_ratio": _number(ratio[0], 0, ratio_most, 0.1),
+        "peak_global_ratio": _number(ratio[1], 0, ratio_most, 0.1),
     }
 
 
 def _peak(peak_time: float = 0.4) -> Form:
-    return {"peak_time": _number(peak_time, 0, 1), "time_decay": _number(2.0, 0, 4)}
+    return {"peak_time": _number(peak_time, 0, 1, 0.1), "time_decay": _number(2.0, 0, 4, 0.5)}
 
 
-TIME_DECAY = _number(1.0, 0, 4)
-STRENGTH_DECAY = _number(1.0, -2, 4)
-SLOTHFUL = _sides("slothful", _number(2.0, 0, 4))
+TIME_DECAY = _number(1.0, 0, 4, 0.1)
+STRENGTH_DECAY = _number(1.0, -2, 4, 0.1)
+SLOTHFUL = _sides("slothful", _number(2.0, 0, 4, 0.5))
 MAX_DEPTH: Form = {"tiling_max_depth": Parameter(2, between(1, 3, whole=True))}
-SIMPLE: Form = {"slothful": _number(4.0, 0, 50), "in_blend": BLEND, "out_blend": BLEND, "mode": MODE}
+SIMPLE: Form = {"slothful": _number(4.0, 0, 50, 0.5), "in_blend": BLEND, "out_blend": BLEND, "mode": MODE}
 CONCAT: Form = {"concat_local": Parameter(False, FLAG), "concat_global": Parameter(False, FLAG)}
 TILING = _tiling((24, 32), 64, (0.2, 0.8), 1)
 LATER_TILING = _tiling((32, 48), 96, (1.0, 0.5), 2)
@@ -82,10 +83,10 @@ NODES: Mapping[str, Mapping[str, Mapping[str, Form]]] = {
                 "time_decay": TIME_DECAY,
                 "depth_decay": STRENGTH_DECAY,
                 "in_mode": MODE,
-                "in_strength": _number(6.0, 0, 50),
+                "in_strength": _number(6.0, 0, 50, 0.5),
                 "in_blend": BLEND,
                 "out_mode": MODE,
-                "out_strength": _number(4.0, 0, 50),
+                "out_strength": _number(4.0, 0, 50, 0.5),
                 "out_blend": BLEND,
             },
         },
@@ -95,19 +96,26 @@ NODES: Mapping[str, Mapping[str, Mapping[str, Form]]] = {
     "NearSightedAttention": {
         "2023-12-16": {
             "full": {**MAX_DEPTH, **_peak(), **TILING, **SLOTHFUL},
-            "simple": {**MAX_DEPTH, **_peak(), **TILING, **SIMPLE, "depth_decay": _number(1.5, 0, 4)},
+            "simple": {**MAX_DEPTH, **_peak(), **TILING, **SIMPLE, "depth_decay": _number(1.5, 0, 4, 0.5)},
         },
         "later": {
             "full": {**MAX_DEPTH, **_peak(), **LATER_TILING, **SLOTHFUL, **CONCAT},
-            "simple": {**MAX_DEPTH, **_peak(), **LATER_TILING, **SIMPLE, "depth_decay": _number(2.0, 0, 4), **CONCAT},
+            "simple": {
+                **MAX_DEPTH,
+                **_peak(),
+                **LATER_TILING,
+                **SIMPLE,
+                "depth_decay": _number(2.0, 0, 4, 0.5),
+                **CONCAT,
+            },
         },
     },
     "NearSightedTile": {
         "2023-12-16": {
             "full": {
                 **MAX_DEPTH,
-                "global_ratio": _number(0.5, 0, 1),
-                "tile_size": Parameter(32, between(16, 64, whole=True)),
+                "global_ratio": _number(0.5, 0, 1, 0.1),
+                "tile_size": Parameter(32, between(16, 64, whole=True), 2),
             }
         },
         "later": {"full": {**MAX_DEPTH, **_peak(0.3), **LATER_TILING, **CONCAT}},

@@ -15,13 +15,17 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
 from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.guide import BranchedAttention, GuidedAttention, GuidedResult, SharedImage
+from sloth_fx.passes.attention_map import AttentionMap
+from sloth_fx.passes.guide import GuidedAttention
 from sloth_fx.passes.merge_tokens import MergedAttention
+from sloth_fx.passes.one_image import BranchedAttention, GuidedResult, SharedImage
+from sloth_fx.passes.perturb import PerturbedAttention
 from sloth_fx.passes.reduce_kv import KeyValueReduction
 from sloth_fx.passes.tile_queries import TiledAttention
 from sloth_fx.plan import SitePlan
 from sloth_fx.rewrite import Rewritten, merged_attention, merging_of, operator_name, rewrite
 from sloth_fx.site import AttentionSite
+from sloth_fx.spec import SAG
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
 Operator = (
@@ -32,6 +36,8 @@ Operator = (
     | SharedImage
     | GuidedResult
     | BranchedAttention
+    | PerturbedAttention
+    | AttentionMap
 )
 
 
@@ -119,6 +125,17 @@ def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str
     if grid is not None:
         neutral = KeyLayout((grid[-2], grid[-1]), frames=grid[0] if len(grid) > 2 else 1)
     operators: dict[str, Operator] = _guides(rewritten, plan, visit, neutral)
+    if plan.perturbing is not None:
+        kind = AttentionMap if isinstance(plan.perturbing, SAG) else PerturbedAttention
+        operators[operator_name("perturb", site.core, visit)] = kind(
+            site.name,
+            rewritten.attend[site.core],
+            plan.perturbing,
+            neutral,
+            folded_heads=rewritten.folded_heads[site.core],
+            query_place=site.query_place,
+            key_place=site.key_place,
+        )
     if plan.reduces:
         name = operator_name("reduce", site.core, visit)
         operators[name] = KeyValueReduction(site.name, plan.pooling, neutral, site.key_place)
@@ -186,7 +203,14 @@ def _without_text(site: AttentionSite) -> tuple[bool, bool]:
 def _deeds(plan: SitePlan) -> tuple[Any, ...]:
     """What of a plan is part of the graph."""
     merged = plan.merging is not None and plan.merged_tokens
-    return plan.reduces, plan.tiling is not None, merged, plan.guiding is not None, plan.branching is not None
+    return (
+        plan.reduces,
+        plan.tiling is not None,
+        merged,
+        plan.guiding is not None,
+        plan.branching is not None,
+        type(plan.perturbing),
+    )
 
 
 def _per_sample(visit: PlannedVisit) -> bool:
@@ -208,7 +232,8 @@ def _operators(plan: SitePlan) -> list[str]:
     tiles = plan.tiling is not None
     guides = plan.guiding is not None or plan.branching is not None
     merges = plan.merging is not None and not tiles
-    given = {"reduce": plan.reduces, "tile": tiles, "merge": merges, "guide": guides}
+    perturbs = plan.perturbing is not None
+    given = {"reduce": plan.reduces, "tile": tiles, "merge": merges, "guide": guides, "perturb": perturbs}
     return [deed for deed, there in given.items() if there]
 
 

@@ -17,6 +17,7 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.dynamo import get_eval_frame_callback, never_compile, outside_graphs
 from sloth_fx.errors import SlothError
+from sloth_fx.perturbed import is_perturbed
 from sloth_fx.report import Report
 from sloth_fx.spec import Spec
 
@@ -77,7 +78,7 @@ def _prepare(patch: Patch, model: nn.Module, args: Any, kwargs: Any, compiled: b
             model.__dict__ |= {"forward": found} if late else {}
             raise
         patch.pending = None
-        if late and (is_bound(model) or is_branched(model)):
+        if late and (is_bound(model) or is_branched(model) or is_perturbed(model)):
             patch.rewritten = model.__dict__["forward"]
     patch.context.observe(model, args, kwargs, compiled=compiled)
 

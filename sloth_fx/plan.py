@@ -14,9 +14,12 @@ from sloth_fx.schedule import Moment, StepDecay, ratio_at
 from sloth_fx.site import AttentionSite, LatentSize
 from sloth_fx.spec import (
     NAG,
+    TPG,
     HyperTile,
     NearSightedAttention,
     NearSightedTile,
+    PerturbationSpec,
+    Perturbing,
     Reduction,
     SlothfulAttention,
     Spec,
@@ -37,8 +40,9 @@ class SitePlan:
     how its queries are tiled and ``merging`` how tokens are merged; one NearSightedAttention may be the first and the
     third, and SlothfulAttention with NearSightedTile pools the keys within each tile. ``guiding`` says how a negative
     text guides what is read; where ``branching`` is given, that text passes the model in a branch of its own, through
-    all sites, guided or not. ``shallowest`` is the site against which depth is measured, ``deepest`` the greatest depth
-    of the model.
+    all sites, guided or not. ``perturbing`` says how what is read is spoilt where the model is asked once more.
+    ``remark`` is for the report. ``shallowest`` is the site against which depth is measured, ``deepest`` the greatest
+    depth of the model.
     """
 
     site: AttentionSite
@@ -50,11 +54,13 @@ class SitePlan:
     merging: TokenMerging | None = None
     guiding: NAG | None = None
     branching: NAG | None = None
+    perturbing: Perturbing | None = None
+    remark: str = ""
 
     @property
     def specs(self) -> tuple[Spec, ...]:
         """The specs at work, each once."""
-        given = (self.reducing, self.downsampling, self.tiling, self.merging, self.guiding)
+        given = (self.reducing, self.downsampling, self.tiling, self.merging, self.guiding, self.perturbing)
         return tuple({id(spec): spec for spec in given if spec is not None}.values())
 
     @property
@@ -81,9 +87,12 @@ class SitePlan:
         return "q" if self.reduces or self.tiling is not None else self.merging.tokens
 
     def layout(self, moment: Moment, latent: LatentSize) -> KeyLayout:
-        """Windows, tiles and samples at ``moment``, for a latent of size ``latent``, and whether a text guides."""
+        """Windows, tiles and samples at ``moment``, for a latent of size ``latent``, and whether a text guides, or
+        attention is perturbed."""
         guides = self.branching or self.guiding
         layout = self._keys(moment, latent)
+        if self.perturbing is not None and self.perturbing.acts(moment):
+            layout = layout._replace(perturbed=True)
         return layout._replace(guided=True) if guides is not None and guides.acts(moment) else layout
 
     def _keys(self, moment: Moment, latent: LatentSize) -> KeyLayout:
@@ -182,9 +191,15 @@ class SitePlan:
         return rows, columns
 
     def seed(self, moment: Moment) -> int:
-        """For the choice of the tokens that others are merged into, at ``moment``."""
-        assert self.merging is not None
-        return self._draw(moment, self.merging.seed, self.site.name).getrandbits(31)
+        """For the choice of the tokens that others are merged into, or the order in which they are shuffled."""
+        spec = self.merging or self.perturbing
+        assert isinstance(spec, TokenMerging | TPG)
+        return self._draw(moment, spec.seed, self.site.name).getrandbits(31)
+
+    @property
+    def draws(self) -> bool:
+        """Whether something is chosen at random at each moment, by :meth:`seed`."""
+        return isinstance(self.merging or self.perturbing, TokenMerging | TPG)
 
     def _draw(self, moment: Moment, seed: int, what: str) -> random.Random:
         """Choices that are the same whenever a run comes to this moment."""
@@ -216,7 +231,7 @@ def clocks(plans: Iterable[SitePlan]) -> set[str]:
     found: set[str] = set()
     for plan in plans:
         for spec in plan.specs:
-            found.update(spec.clocks if isinstance(spec, NAG) else ())
+            found.update(spec.clocks if isinstance(spec, NAG | PerturbationSpec) else ())
             clock = getattr(getattr(spec, "schedule", None), "clock", None)
             drawn = getattr(spec, "pad", None) == "random" or (isinstance(spec, HyperTile) and spec.swap_size > 1)
             found.update({clock} if clock is not None else ())

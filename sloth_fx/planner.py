@@ -11,9 +11,17 @@ from sloth_fx.plan import Plan, SitePlan, level_of
 from sloth_fx.site import AttentionSite
 from sloth_fx.spec import (
     NAG,
+    PAG,
+    SAG,
+    SEG,
+    SLG,
+    TPG,
     HyperTile,
     NearSightedAttention,
     NearSightedTile,
+    Perturb,
+    PerturbationSpec,
+    Perturbing,
     SlothfulAttention,
     Spec,
     TokenDownsample,
@@ -30,6 +38,7 @@ _ROLES: dict[type[Spec], tuple[str, ...]] = {
     TokenDownsample: ("downsampling",),
     TokenMerging: ("merging",),
     NAG: ("guiding",),
+    **dict.fromkeys((PAG, SEG, TPG, Perturb, SAG), ("perturbing",)),
 }
 _DEEDS = {
     "reducing": "reduce the keys of",
@@ -37,18 +46,21 @@ _DEEDS = {
     "downsampling": "thin out",
     "merging": "merge tokens of",
     "guiding": "guide",
+    "perturbing": "perturb",
 }
 
 
 def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: bool = True) -> Plan:
-    """Which spec acts where.
+    """Which spec acts where. ``SLG`` acts on blocks, not on sites (``sloth_fx/skipping.py``).
 
     Raises :class:`SlothError` for a spec that acts nowhere, for two that conflict, and with ``strict`` for a site that
     a selector names and whose grid is not known.
     """
+    _check_one_perturbs(specs)
+    specs = [spec for spec in specs if not isinstance(spec, SLG)]
     images = [site for site in sites if site.on_image]
     readers = [site for site in sites if reads_text(site)]
-    if not images and any(not isinstance(spec, NAG) for spec in specs):
+    if not images and any(not isinstance(spec, NAG | PerturbationSpec) for spec in specs):
         raise SlothError(
             f"these operators need softmax self-attention or joint attention of image tokens, and this model has none "
             f"(it has: {_kinds(sites)})"
@@ -56,16 +68,16 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
     if not readers and any(isinstance(spec, NAG) for spec in specs):
         raise SlothError(
             "NAG needs cross-attention or joint attention of image tokens to text, and this model has none (it has: "
-            f"{_kinds(sites)})"
+            f"{_kinds(sites)})" + _where_text_is_not_known(sites)
         )
-    spatial = [site for site in images if site.kind != "temporal"] or images or readers
+    spatial = [site for site in images if site.kind != "temporal"] or images or readers or list(sites)
     shallowest = min(spatial, key=lambda site: site.depth)
     deepest = max(site.depth for site in spatial)
     fit = {site.name: site for site in sites if site in images or site in readers}
     plans = {name: SitePlan(site=site, shallowest=shallowest, deepest=deepest) for name, site in fit.items()}
     notes = {site.name: why_left_alone(site) for site in sites if not site.on_image}
     for spec in specs:
-        chosen = _selected(spec, sites, readers if isinstance(spec, NAG) else images)
+        chosen, remark = _selected(spec, sites, readers if isinstance(spec, NAG) else images)
         unfit = {site.name: reason for site in chosen if (reason := _unfit(spec, site)) is not None}
         if len(unfit) == len(chosen):
             raise SlothError(
@@ -77,8 +89,10 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
                     raise SlothError(f"{site.name}: {unfit[site.name]}; select others with where=, or strict=False")
         for site in chosen:
             if site.name not in unfit:
-                plans[site.name] = _with(plans[site.name], spec)
+                plans[site.name] = _with(plans[site.name], spec, remark)
         notes.update(unfit)
+    plans = {name: _of_perturbed_tokens(plan) for name, plan in plans.items()}
+    _check_acts(specs, plans.values())
     for name, plan in plans.items():
         if plan.specs:
             notes.pop(name, None)
@@ -90,6 +104,8 @@ def make_plan(specs: Sequence[Spec], sites: Sequence[AttentionSite], *, strict: 
 
 def acts_on(spec: Spec, site: AttentionSite) -> bool:
     """Whether a spec acts on what a site does, unless ``where`` leaves it out."""
+    if isinstance(spec, PerturbationSpec):
+        return site.on_image and site.kind in ("self", "joint")
     return reads_text(site) if isinstance(spec, NAG) else site.on_image
 
 
@@ -110,19 +126,90 @@ def why_left_alone(site: AttentionSite) -> str:
     )
 
 
-def _selected(spec: Spec, sites: Sequence[AttentionSite], images: list[AttentionSite]) -> list[AttentionSite]:
-    chosen = [site for site in images if matches(spec.where, site)]
+def _check_one_perturbs(specs: Sequence[Spec]) -> None:
+    names = [type(spec).__name__ for spec in specs if isinstance(spec, PerturbationSpec)]
+    if len(names) > 1:
+        raise SlothError(
+            f"{' and '.join(names)}: each is a perturbed prediction of its own that is steered away from, and a call "
+            "of the model has one; give one of them (Perturb takes a function of your own)"
+        )
+    mixing = (getattr(spec, "concat_local", False) or getattr(spec, "concat_global", False) for spec in specs)
+    if names and any(mixing):
+        raise SlothError(
+            f"{names[0]} asks about some rows of the batch once more, and with concat_local or concat_global "
+            "images attend to each other: give one of the two"
+        )
+
+
+def _of_perturbed_tokens(plan: SitePlan) -> SitePlan:
+    """A perturbed site has all its keys and queries: nothing else is done to them."""
+    others = [spec for spec in plan.specs if spec is not plan.perturbing]
+    if plan.perturbing is None or not others:
+        return plan
+    if plan.guiding is not None:
+        raise SlothError(
+            f"{plan.site.name}: {type(plan.perturbing).__name__} and NAG cannot both act here: give them different "
+            "sites with where="
+        )
+    gone = dict.fromkeys(("reducing", "downsampling", "tiling", "merging"))
+    names = " and ".join(dict.fromkeys(type(spec).__name__ for spec in others))
+    return replace(plan, **gone, remark=f"{plan.remark}, without {names}")  # type: ignore[arg-type]
+
+
+def _check_acts(specs: Sequence[Spec], plans: Iterable[SitePlan]) -> None:
+    acting = [spec for plan in plans for spec in plan.specs]
+    for spec in specs:
+        if not any(each is spec for each in acting):
+            perturbing = next(type(each).__name__ for each in specs if isinstance(each, PerturbationSpec))
+            raise SlothError(
+                f"{type(spec).__name__} acts on no site but those that {perturbing} perturbs, where all keys are "
+                "needed: give them different sites with where="
+            )
+
+
+def _middle_block(sites: Sequence[AttentionSite]) -> tuple[list[AttentionSite], str]:
+    """The sites of the block in the middle of a stack, where all have the same depth; of a UNet none."""
+    blocks = list(dict.fromkeys(block_of(site.path) for site in sites))
+    if len({site.depth for site in sites}) > 1 or None in blocks:
+        return [], ""
+    block = blocks[len(blocks) // 2]
+    return [site for site in sites if block_of(site.path) == block], f", in the middle of {len(blocks)} blocks"
+
+
+def block_of(path: str) -> str | None:
+    """The block of a stack that holds a module: the path down to the first number."""
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def _selected(
+    spec: Spec, sites: Sequence[AttentionSite], images: list[AttentionSite]
+) -> tuple[list[AttentionSite], str]:
+    """The sites that a spec selects, and a remark for the report."""
+    chosen, remark = [site for site in images if matches(spec.where, site)], ""
+    if isinstance(spec, PerturbationSpec):
+        able = [site for site in images if acts_on(spec, site)]
+        if not able:
+            raise SlothError(
+                f"{type(spec).__name__} perturbs self-attention or joint attention of image tokens, and this model has "
+                f"none (it has: {_kinds(sites)})"
+            )
+        if not chosen and spec.where == "middle":
+            chosen, remark = _middle_block(able)
+        if isinstance(spec, SAG):
+            chosen = [site for site in chosen if acts_on(spec, site)][:1] or chosen
     if chosen:
-        return chosen
+        return chosen, remark
     others = [site for site in sites if matches(spec.where, site)]
     if others:
-        acts_on = (
+        kinds = (
             "cross-attention and joint attention to text"
             if isinstance(spec, NAG)
             else "self-attention and joint attention of image tokens"
         )
         raise SlothError(
-            f"{type(spec).__name__} acts on {acts_on}, and where={spec.where!r} selects none: "
+            f"{type(spec).__name__} acts on {kinds}, and where={spec.where!r} selects none: "
             f"{_few(site.name for site in others)} are {_kinds(others)}-attention"
         )
     raise SlothError(
@@ -137,6 +224,8 @@ def _unfit(spec: Spec, site: AttentionSite) -> str | None:
         return site.refusal
     if isinstance(spec, NAG):
         return None
+    if isinstance(spec, PerturbationSpec):
+        return _unfit_to_perturb(spec, site)
     if site.grid is None:
         return f"{name} needs rows and columns, and the grid of its {site.q_tokens} tokens is unknown"
     if isinstance(spec, (SlothfulAttention, NearSightedAttention)):
@@ -160,7 +249,16 @@ def _unfit(spec: Spec, site: AttentionSite) -> str | None:
     return None
 
 
-def _with(plan: SitePlan, spec: Spec) -> SitePlan:
+def _unfit_to_perturb(spec: Perturbing, site: AttentionSite) -> str | None:
+    name = type(spec).__name__
+    if not acts_on(spec, site):
+        return f"{site.kind}-attention: {name} perturbs self-attention and joint attention of image tokens"
+    if site.grid is not None or (site.query_place.alone and site.key_place.alone and not isinstance(spec, SEG | SAG)):
+        return None
+    return f"{name} needs rows and columns, and the grid of its {site.q_tokens} tokens is unknown"
+
+
+def _with(plan: SitePlan, spec: Spec, remark: str) -> SitePlan:
     for role in _ROLES[type(spec)]:
         if role == "tiling" and plan.site.kind == "temporal":
             continue
@@ -172,11 +270,17 @@ def _with(plan: SitePlan, spec: Spec) -> SitePlan:
             )
         filled: dict[str, Any] = {role: spec}
         plan = replace(plan, **filled)
-    return plan
+    return replace(plan, remark=plan.remark + remark)
 
 
 def _kinds(sites: Iterable[AttentionSite]) -> str:
     return ", ".join(dict.fromkeys(site.kind for site in sites))
+
+
+def _where_text_is_not_known(sites: Iterable[AttentionSite]) -> str:
+    if not any(site.kind == "joint" and site.text is None for site in sites):
+        return ""
+    return "; of its joint attention no range of tokens is known to be text, as where a host embeds words by itself"
 
 
 def _few(names: Iterable[str], limit: int = 4) -> str:

@@ -20,6 +20,7 @@ from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import Attend, AttentionCore, attention_cores
 from sloth_fx.passes.guide import branch, guide
 from sloth_fx.passes.merge_tokens import MergedAttention, Merging, merge_tokens, rotates
+from sloth_fx.passes.perturb import perturb
 from sloth_fx.passes.reduce_kv import LEVELS, KeyValueReduction, reduce_kv
 from sloth_fx.passes.simplify import simplify
 from sloth_fx.passes.tile_queries import tile_queries
@@ -96,6 +97,8 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
     keys = core.key.meta["hint"].shape[-2]
     tokens = keys if site.key_place.alone or site.grid is None else math.prod(site.grid)
     rotated = plan.merging is not None and rotates(core, owner)
+    if plan.perturbing is not None:
+        return perturb(graph, core, operator_name("perturb", site.core, visit), plan.perturbing)
     if plan.branching is None and plan.guiding is not None:
         return guide(graph, core, operator_name("guide", site.core, visit))
     if plan.reduces:
@@ -152,7 +155,7 @@ def _shapes_fit(graph: fx.Graph, owner: nn.Module, skeleton: Skeleton) -> bool:
                 target = str(node.target) if node.op == "call_module" else ""
                 if target.startswith("sloth_share"):
                     node.meta["hint"] = tuple(each.meta["hint"] for each in node.args)
-                elif target.startswith(("sloth_tile", "sloth_guide", "sloth_attend")):
+                elif target.startswith(("sloth_tile", "sloth_guide", "sloth_attend", "sloth_perturb")):
                     node.meta["hint"] = node.args[0].meta["hint"]
                 elif node.op not in ("placeholder", "output"):
                     node.meta["hint"] = evaluate(node, owner, skeleton.mode)

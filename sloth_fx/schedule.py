@@ -22,11 +22,22 @@ class Moment(NamedTuple):
     """A point of the sampling run.
 
     progress: 0 at the start of sampling, 1 at its end. sigma: the noise level, noise over signal, or None if
-    nobody knows it.
+    nobody knows it. step: the part of the run that the sampling step at this point covers, as progress, from and to;
+    None if nobody knows it.
     """
 
     progress: float
     sigma: float | None = None
+    step: tuple[float, float] | None = None
+
+    def within(self, start: float, stop: float) -> bool:
+        """Whether what acts from `start` to `stop` acts at this point: after start, and before stop or to the end at 1.
+
+        Where no step begins between the two, that one acts of which both are a part: no run is too short for it.
+        """
+        if start <= self.progress < stop or start <= self.progress == stop == 1:
+            return True
+        return self.step is not None and self.step[0] <= start < stop <= self.step[1]
 
     @classmethod
     def at(cls, timestep: float, sigma: float | None = None) -> Moment:

@@ -10,16 +10,25 @@ from sloth_fx import node_values
 from sloth_fx.checks import FLAG, accepting, between, check_fields, one_of, or_none, require
 from sloth_fx.guidance_specs import NAG
 from sloth_fx.peer_specs import HyperTile, TokenDownsample, TokenMerging
+from sloth_fx.perturbation_specs import PAG, SAG, SEG, SLG, TPG, Perturb, PerturbationSpec
 from sloth_fx.schedule import SCHEDULE, Constant, PeakDecay, Schedule
 from sloth_fx.spec_base import SEED, VERSION, BaseSpec
 from sloth_fx.where import STAGES, Where
 
 __all__ = [
     "NAG",
+    "PAG",
+    "SAG",
+    "SEG",
+    "SLG",
+    "TPG",
     "VERSION",
     "HyperTile",
     "NearSightedAttention",
     "NearSightedTile",
+    "Perturb",
+    "PerturbationSpec",
+    "Perturbing",
     "Reduction",
     "SlothfulAttention",
     "Spec",
@@ -249,8 +258,22 @@ class NearSightedAttention(BaseSpec):
 
 
 Spec: TypeAlias = (
-    SlothfulAttention | NearSightedTile | NearSightedAttention | TokenDownsample | HyperTile | TokenMerging | NAG
+    SlothfulAttention
+    | NearSightedTile
+    | NearSightedAttention
+    | TokenDownsample
+    | HyperTile
+    | TokenMerging
+    | NAG
+    | SAG
+    | PAG
+    | SEG
+    | TPG
+    | SLG
+    | Perturb
 )
+
+Perturbing: TypeAlias = SAG | PAG | SEG | TPG | SLG | Perturb
 
 
 def _side(spec: SlothfulAttention | NearSightedAttention, stage: str) -> Reduction:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from sloth_fx.bind import bind, clone
-from sloth_fx.branches import Branches, install, share, why_not_shared
+from sloth_fx.branches import Branches, choose_way, install
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import RefusedInputsError, SlothError
@@ -20,10 +20,13 @@ from sloth_fx.negative import NegativeKeys, Original
 from sloth_fx.owners import OwnerRewriter, PlannedVisit, RewrittenOwner, make_operators
 from sloth_fx.passes.guide import GuidedAttention
 from sloth_fx.patch import Patch, is_patched
+from sloth_fx.perturbation import perturbation_for
 from sloth_fx.plan import clocks
-from sloth_fx.planner import make_plan
+from sloth_fx.planner import block_of, make_plan
 from sloth_fx.report import Report, SiteReport
+from sloth_fx.self_checks import check_guidance, why_not_checked
 from sloth_fx.spec import NAG, Spec
+from sloth_fx.undo import undone_on_error
 
 FIRST_CALL = "first call"
 
@@ -42,7 +45,8 @@ def transform(
         model: a UNet, a transformer, or any module that computes attention; it is not changed. Not compiled, not yet
             patched, and whole on one device.
         spec: what to do, or a sequence of such, applied in order: ``SlothfulAttention``, ``NearSightedTile``,
-            ``NearSightedAttention``, ``TokenDownsample``, ``HyperTile``, ``TokenMerging``.
+            ``NearSightedAttention``, ``TokenDownsample``, ``HyperTile``, ``TokenMerging``, ``NAG``, and one of ``PAG``,
+            ``SEG``, ``TPG``, ``SLG``, ``SAG`` and ``Perturb``.
         example_inputs: arguments for ``model``, a dict (by keyword) or a tuple (by position). Shapes and dtypes matter,
             and the values of masks, lengths and coordinates. Default: made from the model's config where that is
             possible; otherwise the first call of the patched model serves, as it does for ``"first call"``.
@@ -97,6 +101,10 @@ class _Request:
     phases: int | None
 
     def __call__(self, model: nn.Module, patch: Patch, call: Call) -> None:
+        with undone_on_error(model, patch.context):
+            self._act(model, patch, call)
+
+    def _act(self, model: nn.Module, patch: Patch, call: Call) -> None:
         found = survey(model, adapter_for(model), call)
         guidance = guidance_for(make_plan(self.specs, found.sites, strict=self.strict), found, call)
         plan = guidance.plan
@@ -117,7 +125,8 @@ class _Request:
         if found.latent is not None:  # a schedule of the caller's own may fail: better now
             patch.context.try_layouts(plan.sites, found.latent)
 
-        # From here on nothing can fail.
+        perturbation = perturbation_for(self.specs, plan, found, call)
+
         patch.context.located_with(model, found.adapter, *call)
         keys = NegativeKeys(Original(found.skeleton), Arguments(found.skeleton.model, found.adapter))
         acting: dict[str, tuple[str, ...]] = {}
@@ -134,7 +143,8 @@ class _Request:
                     for number in visit.served[core]:
                         name = plans[number].site.name
                         acting[name] = tuple(type(spec).__name__ for spec in each.specs)
-                        notes[name] = rewritten.done[core] + (f" ({guidance.reason})" if each.branching else "")
+                        remark = f" ({guidance.reason})" if each.branching else plans[number].remark
+                        notes[name] = rewritten.done[core] + remark
                 patch.graphs[path] = rewritten.graph
             bind(model.get_submodule(path), owner.forward, operators)
         if keys.operators:
@@ -143,13 +153,25 @@ class _Request:
         if branching is not None:
             branches = Branches(keys.original, keys.arguments)
             install(model, branches)
-            reason = why_not_shared(model, call)
-            if reason is None:
-                share(model)
+            reason = choose_way(model, branches, call)
             way = "what both texts have in common is computed once" if reason is None else f"two branches: {reason}"
+            unchecked = why_not_checked(model, call, branching.site.q_tokens * keys.arguments.rows(*call))
+            if unchecked is None:
+                check_guidance(model, call)
+            else:
+                way += f", not tried beforehand: {unchecked}"
             notes.update((each.site.name, f"{notes[each.site.name]}; {way}") for each in plan.sites if each.branching)
             patch.context.attach(branching, [branches])
             patch.context.guided_by(branches)
+        if perturbation is not None:
+            ways = perturbation.install(model, patch.context, call)
+            for site in found.sites:
+                block, spec_name = block_of(site.path), type(perturbation.perturbed.spec).__name__
+                if spec_name in acting.get(site.name, ()):
+                    notes[site.name] += f"; {ways['']}"
+                elif block in perturbation.skipped:
+                    acting[site.name] = (*acting.get(site.name, ()), spec_name)
+                    notes[site.name] = ways[block]
         if found.latent is not None:
             patch.context.resize(found.latent)
         sites = (SiteReport.of(site, acting.get(site.name, ()), notes.get(site.name, "")) for site in found.sites)

@@ -180,8 +180,8 @@ def _refuse_group_nodes(data: Mapping[str, Any]) -> None:
             )
 
 
-def _forms(kind: str) -> dict[str, Form]:
-    """The parameters of a type, by release; in the order of its widgets."""
+def forms_of(kind: str) -> dict[str, Form]:
+    """The parameters of a type of node, by release; in the order of its widgets."""
     node, form = FORMS[kind]
     fixed = _NO_WIDGETS.get(kind, ())
     return {
@@ -198,7 +198,7 @@ def _fitting(node: _Node) -> dict[str, dict[str, Any]]:
             f"{node}: {', '.join(node.linked)} comes over a link, or from the node of its subgraph: set it on the node "
             "itself, or export the workflow for the API, which fills in what is known"
         )
-    forms = _forms(node.type)
+    forms = forms_of(node.type)
     if isinstance(node.values, Mapping):
         fits = {release: dict(node.values) for release, form in forms.items() if set(node.values) == set(form)}
         given = ", ".join(node.values) or "none"

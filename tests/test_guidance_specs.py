@@ -108,7 +108,8 @@ def test_presets_of_the_paper(name):
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_presets_of_the_workflows(name):
-    scale, tau, alpha, level = WORKFLOWS[name]
+    scale, tau, alpha, end = WORKFLOWS[name]
+    level = end if end > 1 else round(end / (1 - end), 9)  # the share of noise, of flows
     assert NAG.preset(name) == NAG(scale=scale, tau=tau, alpha=alpha, stop=Sigma(level))
 
 

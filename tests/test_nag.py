@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.utils as dynamo
 
 import sloth_fx
-from sloth_fx import NAG, NearSightedTile, Sigma, SlothError, SlothfulAttention
+from sloth_fx import NAG, NearSightedTile, Sigma, SlothError, SlothfulAttention, branches
 from tests import models
 from tests.two_branches import CROSS, Sites, in_order, joint, two_branches
 from tests.zoo.compare import difference
@@ -533,12 +533,30 @@ def test_a_text_of_the_wrong_shape(shape, words):
 
 
 @by_branches
-def test_texts_side_by_side_have_one_length(case):
+def test_rows_of_one_batch_have_one_length(case, monkeypatch):
+    """What is computed once takes any length (``test_nag_lengths.py``)."""
+    monkeypatch.setattr(branches, "why_not_shared", lambda *_: "for a test")
     model, _ = guided(case, negative=case.other_text(tokens=5))
     message = refused(model, case.inputs())
     assert "5 tokens" in message
     assert "13" in message
     assert "pad them to the same length" in message
+
+
+def test_a_single_token_is_not_spread_over_many():
+    model, _ = guided(CASES[SD3], negative=CASES[SD3].other_text(tokens=1))
+    assert "a single token goes with a single token only" in refused(model, CASES[SD3].inputs())
+
+
+def test_a_length_that_other_arguments_do_not_share():
+    """The error names what differs; afterwards all is well."""
+    case = CASES[FLUX]
+    model, context = guided(case, negative=case.other_text(tokens=5))
+    message = refused(model, case.inputs())
+    assert "encoder_hidden_states (3, 13, 32), (3, 5, 32)" in message
+    assert "Give all that has a place for each token (masks, ids)" in message
+    context.set_negative(**case.other_text())
+    assert difference(run(model, case.inputs()), case.expected(case.inputs(), case.other_text())) < 1e-5
 
 
 @by_branches

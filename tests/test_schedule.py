@@ -23,7 +23,7 @@ class Ramp:
 
 @pytest.mark.parametrize(("timestep", "progress"), [(1000, 0), (999, 0.001), (250, 0.75), (0, 1), (1200, 0), (-5, 1)])
 def test_moment_of_a_timestep(timestep: float, progress: float) -> None:
-    assert Moment.at(timestep, 2.5) == pytest.approx((progress, 2.5))
+    assert Moment.at(timestep, 2.5)[:2] == pytest.approx((progress, 2.5))
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.13, 0.4, 0.77, 1.0])

@@ -8,8 +8,10 @@ library: torch's attention is exchanged while the unpatched model runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Barrier, local
 from typing import Any
 from unittest import mock
 
@@ -124,3 +126,62 @@ def _guiding(
 
     with mock.patch.object(F, "scaled_dot_product_attention", stand_in):
         yield
+
+
+def in_step(
+    model: nn.Module,
+    calls: tuple[dict[str, Any], dict[str, Any]],
+    spec: sloth_fx.NAG,
+    sites: tuple[Sites, Sites],
+    *,
+    run: Callable[[nn.Module, dict[str, Any]], Any],
+    rows: Sequence[int] | None = None,
+) -> Any:
+    """What ``run(model, calls[0])`` gives with guidance by the text of ``calls[1]``, of any length: two separate calls
+    of the model, in two threads, of which the second takes the image of the first at each attention to text.
+
+    ``sites`` are those of each call; ``rows`` of the batch are guided (default: all).
+    """
+    meet, given, read = Barrier(2, timeout=60), [None, None], [None, None]
+    branch = local()
+
+    def stand_in(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
+        mine = branch.number
+        site = sites[mine](query, key)
+        if site is None:
+            return attend(query, key, value, **options)
+        given[mine] = site, query, key, value
+        meet.wait()
+        if mine:
+            query, key, value = query.clone(), key.clone(), value.clone()
+            theirs, *image = given[0]
+            query[..., _all(site.queries), :] = image[0][..., _all(theirs.queries), :]
+            for each, other in zip((key, value), image[1:], strict=True) if site.keys is not None else ():
+                each[..., site.keys, :] = other[..., theirs.keys, :]
+        out = attend(query, key, value, **options)
+        read[mine] = out[..., _all(site.queries), :].clone()
+        meet.wait()
+        image, negative = read
+        meet.wait()
+        if site.guided:
+            guided = guide(image, negative, spec)
+            image = guided if rows is None else image.index_copy(0, torch.tensor(rows), guided[list(rows)])
+        out[..., _all(site.queries), :] = image
+        return out
+
+    def call(number: int) -> Any:
+        branch.number = number
+        try:
+            return run(model, calls[number])
+        except BaseException:
+            meet.abort()
+            raise
+
+    with mock.patch.object(F, "scaled_dot_product_attention", stand_in), ThreadPoolExecutor(2) as pool:
+        result, _ = pool.map(call, range(2))
+    return result
+
+
+def _all(tokens: slice | None) -> slice:
+    return slice(None) if tokens is None else tokens

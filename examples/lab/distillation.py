@@ -39,7 +39,7 @@ class Student(Denoising):
     def loss(self, step: int) -> Tensor:
         random = generator(self.name, step)
         drawn = [scenes.random_scene(random) for _ in range(self.batch)]
-        texts = [scenes.random_caption(scene, random) for scene in drawn]
+        texts = [scenes.random_text(scene, random) for scene in drawn]
         now = int(random.integers(STEPS))
         times = self.times()
         with torch.no_grad():

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from sloth_fx.branching.values import Branched, Pair, Part, Tokens, of
+from sloth_fx.branching.values import Branched, Pair, Part, Tokens, narrowed, of
 from sloth_fx.operators import Attend, attention_with_lse, merge_attention
+
+
+class Read(Pair):
+    """What queries that are the same in both branches, those of the image, have read in each."""
 
 
 def attend_branches(
@@ -19,38 +24,74 @@ def attend_branches(
 
     Attention over two sets of keys is the merge of the attentions over each, by their log-sum-exp. So what both
     branches share of queries and keys is attended once, where ``attend`` is torch's own, or a host's that is told no
-    more than a scale, and there is no mask.
+    more than a scale, and where a mask hides the same of it in both.
     """
     if not any(isinstance(each, Branched) for each in (query, key, value, mask)):
         return attend(query, key, value, *([] if mask is None else [mask]), **options)
     mergeable = (
         (attend is F.scaled_dot_product_attention or hasattr(attend, "sloth_fx_softmax"))
-        and mask is None
         and set(options) <= {"scale"}
         and isinstance(key, Tokens)
         and isinstance(value, Tokens)
         and key.sizes == value.sizes
         and not torch.is_grad_enabled()
     )
-    if not mergeable:
-        return _each(attend, query, key, value, mask, options)
-    shared = [index for index, part in enumerate(key.parts) if isinstance(part, Tensor)]
-    own = [index for index, part in enumerate(key.parts) if not isinstance(part, Tensor)]
-    if not shared or not own:
-        return _each(attend, query, key, value, mask, options)
-    scale = options.get("scale")
+    parts = list(enumerate(key.parts)) if mergeable else []
+    shared = [index for index, part in parts if isinstance(part, Tensor)]
+    own = [index for index, part in parts if not isinstance(part, Tensor)]
     found: list[Part] = []
+    first: Any = 0
     for part in query.parts if isinstance(query, Tokens) else [query]:
-        if not isinstance(part, Tensor):
-            found.append(_each(attend, part, key, value, None, options))
+        hides = mask if mask is None or mask.shape[-2] == 1 else narrowed(mask, mask.ndim - 2, first, part.shape[-2])
+        first = first + part.shape[-2]
+        alike = None
+        if isinstance(part, Tensor) and shared and own:
+            alike = _hidden_in_both(mask, hides, key, shared)
+        if alike is None or not isinstance(part, Tensor):
+            read = _each(attend, part, key, value, hides, options)
+            found.append(Read(read.positive, read.negative) if isinstance(part, Tensor) else read)
             continue
-        common = attention_with_lse(part, _beside(key, shared, 0), _beside(value, shared, 0), scale)
+        scale = options.get("scale")
+        image = attention_with_lse(part, _beside(key, shared, 0), _beside(value, shared, 0), scale, *alike)
         texts = [
-            attention_with_lse(part, _beside(key, own, branch), _beside(value, own, branch), scale)
+            attention_with_lse(
+                part, _beside(key, own, branch), _beside(value, own, branch), scale, _columns(hides, key, own, branch)
+            )
             for branch in range(2)
         ]
-        found.append(Pair(*(merge_attention(*common, *text) for text in texts)))
+        found.append(Read(*(merge_attention(*image, *text) for text in texts)))
     return found[0] if len(found) == 1 else Tokens(found, query.axis)
+
+
+def _hidden_in_both(mask: Any, hides: Any, key: Tokens, parts: list[int]) -> tuple[Tensor | None] | None:
+    """What of some parts of the keys is hidden in both branches alike: a mask, or nothing. ``None`` if that is not so,
+    or cannot be known because there is no data. ``hides`` is the ``mask`` for some queries."""
+    if mask is None:
+        return (None,)
+    if mask.ndim != 4 or mask.shape[-1] != key.shape[-2]:
+        return None
+    one, other = (_columns(hides, key, parts, branch) for branch in range(2))
+    if isinstance(mask, Tensor):
+        return (one,)
+    if torch.compiler.is_compiling() or is_fake(one):
+        in_parts = isinstance(mask, Tokens) and mask.axis == 3 and mask.sizes == key.sizes
+        return (one,) if in_parts and all(isinstance(mask.parts[index], Tensor) for index in parts) else None
+    known = vars(mask).setdefault("hidden", {})  # the same at all sites, and reading it waits for the device
+    at = repr((hides.shape, key.sizes, parts))
+    if at not in known:
+        nothing = bool((one if one.dtype == torch.bool else one == 0).all())
+        known[at] = (None if nothing else one,) if torch.equal(one, other) else None
+    found: tuple[Tensor | None] | None = known[at]
+    return found
+
+
+def _columns(mask: Any, key: Tokens, parts: list[int], branch: int) -> Any:
+    """A mask of some parts of the keys, in one branch."""
+    if mask is None:
+        return None
+    sizes, whole = of(key.sizes, branch), of(mask, branch)
+    found = [whole.narrow(-1, sum(sizes[:index]), sizes[index]) for index in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 def _each(attend: Attend, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Pair:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth_fx.branching.values import RULES, Branched, Pair, Part, Rule, Tokens, call, name_of, narrowed
+from sloth_fx.branching.lengths import Length, bounds
+from sloth_fx.branching.mode import one_if_equal
+from sloth_fx.branching.values import RULES, Pair, Part, Rule, Tokens, call, name_of, narrowed
 
 _MODULATIONS = frozenset({"add", "sub", "mul", "div", "true_divide", "addcmul"})
 _ELEMENTWISE = frozenset(
@@ -34,21 +36,22 @@ def _elementwise(function: Any, args: Any, kwargs: Any) -> Any:
     back = first.axis - first.ndim  # the token axis, from the end
     if any(each.axis - each.ndim != back or each.sizes != first.sizes for each in tokens):
         return NotImplemented
-    ndim = max(each.ndim for each in (*args, *kwargs.values()) if isinstance(each, (Tensor, Branched)))
     total = sum(first.sizes)
 
     def of_part(value: Any, index: int) -> Any:
         if isinstance(value, Tokens):
             return value.parts[index]
         if isinstance(value, (Tensor, Pair)) and value.ndim >= -back and value.shape[back] == total:
-            return narrowed(value, value.ndim + back, sum(first.sizes[:index]), first.sizes[index])
+            part = narrowed(value, value.ndim + back, sum(first.sizes[:index]), first.sizes[index])
+            in_both = isinstance(total, Length) and isinstance(first.parts[index], Tensor)  # positions of the image
+            return one_if_equal(part) if in_both else part
         return value
 
     results = [
         call(function, *(of_part(each, i) for each in args), **{key: of_part(each, i) for key, each in kwargs.items()})
         for i in range(len(first.parts))
     ]
-    return Tokens(results, ndim + back)
+    return Tokens(results, results[0].ndim + back)
 
 
 def _modulated(function: Any, args: Any, kwargs: Any) -> Any:
@@ -110,7 +113,7 @@ def _reshape(function: Any, args: Any, kwargs: Any) -> Any:
     given = kwargs.get("shape", kwargs.get("size", args[1] if isinstance(args[1], (list, tuple)) else args[1:]))
     if not all(isinstance(each, int) for each in given):
         return NotImplemented
-    return _reshaped(tokens, [int(each) for each in given])
+    return _reshaped(tokens, list(given))
 
 
 def _unflatten(function: Any, args: Any, kwargs: Any) -> Any:
@@ -246,7 +249,7 @@ def _getitem(function: Any, args: Any, kwargs: Any) -> Any:
         if each is not None and axis == tokens.axis:
             if not isinstance(each, slice) or each.step not in (None, 1):
                 return NotImplemented
-            start, stop, _ = each.indices(tokens.shape[axis])
+            start, stop = bounds(each, tokens.shape[axis])
             found = tokens.cut(start, max(start, stop))
             each = slice(None)
         axis += each is not None

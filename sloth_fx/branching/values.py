@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sloth_fx.branching.lengths import Length, both, number
+
 
 class Branched:
     """Stands for a tensor in each of two branches."""
@@ -23,7 +25,12 @@ class Branched:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return apply(function, args, kwargs or {})
+        return cls.applied(function, args, kwargs or {})
+
+    @classmethod
+    def applied(cls, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """``function`` of arguments of which some are values of this kind."""
+        return apply(function, args, kwargs)
 
     @property
     def shape(self) -> torch.Size:
@@ -48,18 +55,20 @@ class Branched:
         return self.shape if dim is None else self.shape[dim]
 
     def __len__(self) -> int:
+        if isinstance(self.shape[0], Length):
+            raise TypeError(f"len is {self.shape[0]!r}, a number of its own in each branch")
         return self.shape[0]
 
     def __getattr__(self, name: str) -> Any:
         if not callable(getattr(torch.Tensor, name)):
-            return apply(getattr, (self, name), {})
+            return self.applied(getattr, (self, name), {})
         return partial(apply_method, name, self)
 
     def __getitem__(self, index: Any) -> Any:
-        return apply(torch.Tensor.__getitem__, (self, index), {})
+        return self.applied(torch.Tensor.__getitem__, (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        apply(torch.Tensor.__setitem__, (self, index, value), {})
+        self.applied(torch.Tensor.__setitem__, (self, index, value), {})
 
     def __bool__(self) -> bool:
         raise TypeError("whether this is true may differ between the branches")
@@ -69,7 +78,7 @@ class Branched:
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Branched, *others: Any) -> Any:
-        return apply(function, (self, *others), {})
+        return self.applied(function, (self, *others), {})
 
     return method
 
@@ -94,7 +103,7 @@ for _name, _function in {
 
 
 class Pair(Branched):
-    """Two tensors of one shape: what a value is in the one branch, and in the other."""
+    """Two tensors: what a value is in the one branch, and in the other. They may differ in size."""
 
     def __init__(self, positive: Tensor, negative: Tensor) -> None:
         self.positive = positive
@@ -102,7 +111,8 @@ class Pair(Branched):
 
     @property
     def shape(self) -> torch.Size:
-        return self.positive.shape
+        shape, other = self.positive.shape, self.negative.shape
+        return shape if shape == other else torch.Size([both(*each) for each in zip(shape, other, strict=True)])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,7 +201,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def apply_method(name: str, *args: Any, **kwargs: Any) -> Any:
     """The method ``name`` of the first argument."""
-    return apply(Method(name), args, kwargs)
+    return args[0].applied(Method(name), args, kwargs)
 
 
 class Method:
@@ -223,24 +233,26 @@ def of(value: Any, branch: int) -> Any:
         return type(value)([of(each, branch) for each in value])
     if isinstance(value, dict):
         return {key: of(each, branch) for key, each in value.items()}
-    return value
+    if isinstance(value, slice):
+        return slice(of(value.start, branch), of(value.stop, branch), of(value.step, branch))
+    return number(value, branch)
 
 
 def paired(positive: Any, negative: Any) -> Any:
-    """Two results as one. Raises TypeError for numbers that differ: Python that is steered by them runs once."""
+    """Two results as one. Raises TypeError for what differs and is neither a tensor nor a whole number."""
     if isinstance(positive, Tensor):
         return positive if positive is negative else Pair(positive, negative)
     if isinstance(positive, (list, tuple)):
-        both = [paired(*each) for each in zip(positive, negative, strict=True)]
-        return type(positive)(*both) if hasattr(positive, "_fields") else type(positive)(both)
-    if positive != negative:
-        raise TypeError(f"{positive!r:.40} in the one branch and {negative!r:.40} in the other")
-    return positive
+        items = [paired(*each) for each in zip(positive, negative, strict=True)]
+        return type(positive)(*items) if hasattr(positive, "_fields") else type(positive)(items)
+    return both(positive, negative)
 
 
 def _check_writes(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Raises TypeError for what is written into where it would be lost, or be seen by both branches."""
     name = str(getattr(function, "__name__", ""))
+    if name == "__setitem__" and isinstance(args[0], Tokens):
+        return  # there is a rule, which raises as well
     writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     if kwargs.get("out") is not None or (writes and not isinstance(args[0], Pair)):
         raise TypeError(f"{name} writes into what is the same in both branches, or into a sequence of tokens")
@@ -248,13 +260,18 @@ def _check_writes(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
 
 def positive_of(value: Any) -> Any:
     """A result of the model without the branch of the negative text."""
+    return together(value, lambda each: each.positive)
+
+
+def together(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """A result of the model, in which ``convert`` makes one tensor of each value that stands for one in each branch."""
     if isinstance(value, Branched):
-        return value.positive
+        return convert(value)
     if isinstance(value, (list, tuple)):
-        items = [positive_of(each) for each in value]
+        items = [together(each, convert) for each in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        changed = {key: positive_of(each) for key, each in value.items()}
+        changed = {key: together(each, convert) for key, each in value.items()}
         return type(value)(**changed) if hasattr(value, "__dataclass_fields__") else changed
     return value
 

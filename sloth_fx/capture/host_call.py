@@ -127,7 +127,9 @@ class HostCall:
 
 
 def with_heads(tensor: Tensor, layout: str, heads: int | None) -> Tensor:
-    """``tensor`` of ``layout`` as a view (B, H, N, D)."""
+    """``tensor`` of ``layout`` as a view (B, H, N, D). Of BNC, some have their heads and channels apart already."""
+    if layout == "BNC" and tensor.ndim == 4:
+        return tensor.transpose(1, 2)
     if layout == "BNC" and tensor.ndim == 3:
         if heads is None or tensor.shape[-1] % heads:
             raise SlothError(f"{tensor.shape[-1]} channels are not {heads} heads")

@@ -9,6 +9,7 @@ those of the few functions of torch that take no proxies.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 import weakref
@@ -209,7 +210,7 @@ def _stand_in(entry: HostFunction | None, function: Function) -> Function:
 
 _KERNEL = ("q", "k", "v", "dropout_p", "softmax_scale", "causal")
 _PACKED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-_COMFY = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+_COMFY = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 
 register_attention_function(  # diffusers
     "dispatch_attention_fn",
@@ -248,21 +249,24 @@ for _name in (
         mask="attn_mask",
         causal="is_causal",
     )
-for _name in (  # ComfyUI
-    "optimized_attention",
-    "optimized_attention_masked",
-    "attention_basic",
-    "attention_flash",
-    "attention_pytorch",
-    "attention_sage",
-    "attention_split",
-    "attention_sub_quad",
-    "attention_xformers",
+for _name, _tensors in itertools.product(  # ComfyUI
+    (
+        "optimized_attention",
+        "optimized_attention_masked",
+        "attention_basic",
+        "attention_flash",
+        "attention_pytorch",
+        "attention_sage",
+        "attention_split",
+        "attention_sub_quad",
+        "attention_xformers",
+    ),
+    (("query", "key", "value"), ("q", "k", "v")),  # the former: attention_sub_quad, under whichever name
 ):
     register_attention_function(
         _name,
         layout="BNC",
-        parameters=_COMFY,
+        parameters=(*_tensors, *_COMFY),
         output_layout="BNC",
         layouts={("skip_reshape", True): "BHND"},
         output_layouts={("skip_output_reshape", True): "BHND"},

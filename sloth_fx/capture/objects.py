@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
+from collections import UserDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,14 @@ DEEPEST = 4  # objects in each other; further inside they are compared as they a
 State = dict[str, Any]
 
 
+class HandedOn(UserDict[Any, Any]):
+    """Options of a host that its modules hand to each other, and that are no part of a call.
+
+    Python that is captured finds it empty; a leaf that it is handed on to gets the one that came in. It is no ``dict``,
+    because those are taken apart wherever calls are.
+    """
+
+
 class _Plain:
     """An object whose state is all in its ``__dict__``."""
 
@@ -35,6 +44,8 @@ def parts(value: Any) -> tuple[Any, State] | None:
     """
     if _is_proxy(value):
         return None
+    if isinstance(value, HandedOn):
+        return HandedOn, {}
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
     if isinstance(value, types.MethodType):
@@ -57,6 +68,8 @@ def maker(value: Any) -> Callable[..., Any]:
     if type(value) is functools.partial:
         return _partial
     kind = type(value)
+    if kind is HandedOn:
+        return HandedOn
 
     def make(**state: Any) -> Any:
         made: Any = object.__new__(kind)

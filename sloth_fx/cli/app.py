@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import sloth_fx
-from sloth_fx.cli import compare, generate, inspect, plan, spec
+from sloth_fx.cli import comfyui, compare, generate, inspect, plan, spec
 from sloth_fx.cli.console import complain
 from sloth_fx.errors import SlothError
 
@@ -53,3 +53,4 @@ app.command(epilog=plan.EXAMPLE)(plan.plan)
 app.add_typer(spec.app, name="spec")
 app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=compare.EXAMPLE)(compare.compare)
+app.add_typer(comfyui.app, name="comfyui")

@@ -100,9 +100,9 @@ def _described(each: Field[Any]) -> dict[str, str]:
 
 def _values(spec: Spec) -> list[tuple[str, str, bool]]:
     """(field, value, whether that is not the default) of a spec, those of its parts with a dot."""
-    default, found = type(spec)(), []
+    found = []
     for each in fields(spec):
-        value, usual = getattr(spec, each.name), getattr(default, each.name)
+        value, usual = getattr(spec, each.name), each.default
         if isinstance(value, Reduction):
             for part in fields(value):
                 inner = getattr(value, part.name)

@@ -8,15 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from sloth_fx.checks import between, require
 from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.integrations.follow import Follower
 from sloth_fx.integrations.handle import Handle
 from sloth_fx.integrations.negative_prompt import PromptEncoder
 from sloth_fx.integrations.offload import offload_paused
 from sloth_fx.patch import is_patched
+from sloth_fx.perturbation_specs import PerturbationSpec
 from sloth_fx.spec import NAG, Spec
 from sloth_fx.transform import FIRST_CALL, transform
 
+GUIDANCE_SCALE = between(1e-6, 1e6)
 DENOISERS = ("unet", "transformer", "transformer_2")
 """The names that pipelines have for what denoises. Those of a pipeline that has several take turns over the run."""
 
@@ -29,6 +32,7 @@ def attach(
     example_inputs: Any = None,
     strict: bool = True,
     phases: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Handle:
     """Patch the denoiser of a pipeline, follow its scheduler, and put everything back at the end::
 
@@ -45,24 +49,30 @@ def attach(
         spec, example_inputs, strict, phases: as for :func:`sloth_fx.transform`.
         negative_prompt: for NAG: one for all images, or one for each prompt. The pipeline's own text encoders encode it
             whenever they encode a prompt. Its rows in a batch with classifier-free guidance are found by themselves.
+        guidance_scale: for guidance by perturbed attention (PAG and its kin) in pipelines that call the model once for
+            each text and keep the scale of their classifier-free guidance to themselves; others tell it.
 
     Raises:
         SlothError: for anything that cannot be done as asked; the pipeline is then as it was.
     """
     denoisers = _denoisers_of(pipe)
     _check_negative(negative_prompt, spec)
+    _check_scale(guidance_scale, spec)
     with ExitStack() as undo:
         with offload_paused(pipe):
             models = {
                 name: _transformed(pipe, name, model, spec, example_inputs, strict, phases)
                 for name, model in denoisers.items()
             }
-            encoder = PromptEncoder(pipe, negative_prompt) if negative_prompt is not None else None
+            steers = _holds(spec, PerturbationSpec)
+            encodes = negative_prompt is not None or (steers and hasattr(pipe, "encode_prompt"))
+            encoder = PromptEncoder(pipe, negative_prompt) if encodes else None
             if encoder is not None:
                 undo.callback(encoder.stop)
             for name, patched in models.items():
                 undo.callback(setattr, pipe, name, denoisers[name])
-                undo.callback(Follower(pipe, patched, encoder).stop)
+                follower = Follower(pipe, patched, encoder, steers=steers, guidance_scale=guidance_scale)
+                undo.callback(follower.stop)
                 setattr(pipe, name, patched)
         return Handle(pipe, denoisers, models, undo.pop_all())
 
@@ -70,12 +80,23 @@ def attach(
 def _check_negative(prompt: Any, spec: Any) -> None:
     if prompt is None:
         return
-    guides = any(isinstance(each, NAG) for each in (spec if isinstance(spec, (list, tuple)) else [spec]))
-    if not guides:
+    if not _holds(spec, NAG):
         raise SlothError("negative_prompt is for NAG, which the spec does not hold; the pipeline's own is for guidance")
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise SlothError(f"negative_prompt={prompt!r:.80}: a string, or a list with one for each prompt")
+
+
+def _check_scale(scale: Any, spec: Any) -> None:
+    if scale is None:
+        return
+    if not _holds(spec, PerturbationSpec):
+        raise SlothError("guidance_scale is for guidance by perturbed attention (PAG, SEG, SAG, ...): none is given")
+    require("guidance_scale", scale, GUIDANCE_SCALE)
+
+
+def _holds(spec: Any, kind: type[Any]) -> bool:
+    return any(isinstance(each, kind) for each in (spec if isinstance(spec, (list, tuple)) else [spec]))
 
 
 def _denoisers_of(pipe: Any) -> dict[str, nn.Module]:

@@ -1,13 +1,31 @@
-"""How a pipeline stacks conditionings in a batch."""
+"""How a pipeline stacks conditionings in a batch, and with which scale it guides."""
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sloth_fx.errors import SlothError
 
 _STACKED = (2, 3)  # without and with text; a third of a perturbed run, or of an image without its text
+
+
+def guidance_scale_of(pipe: Any, model: nn.Module, given: float | None) -> float | None:
+    """The scale of the classifier-free guidance that takes what ``model`` returns for one text, as far as ``pipe``
+    tells, or else what is ``given``; ``None`` for none. Raises :class:`SlothError` for one that is no single number."""
+    guides = getattr(pipe, "do_classifier_free_guidance", None)
+    if guides is not True:
+        return None if guides is False else given
+    second = getattr(pipe, "transformer_2", None) is model
+    found = getattr(pipe, "_guidance_scale_2", None) if second else None
+    found = getattr(pipe, "guidance_scale", given) if found is None else found
+    if isinstance(found, numbers.Real) and 0 < float(found) < math.inf:
+        return float(found)
+    raise SlothError(f"{type(pipe).__name__} guides with scale {found!r:.80}: a number above 0 is needed to divide by")
 
 
 class GroupCounter:

@@ -1,4 +1,4 @@
-"""The negative prompt of an attached pipeline, encoded as the pipeline encodes the prompt of each run."""
+"""What an attached pipeline encodes: its prompt, which tells the rows of a batch apart, and a negative one like it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ _OF_THE_PROMPT = ("prompt", "negative", "pooled")
 """Parameters of encode_prompt whose names begin with one of these say what the prompt is; others, how to encode it."""
 
 
+_BY_HAND = "attach without negative_prompt, and give its embeddings with set_negative of the handle's context"
+
+
 class PromptEncoder:
-    """Encodes the negative prompt whenever the pipeline encodes its prompt, in the same way.
+    """Sees what the pipeline encodes, and encodes the negative prompt, if there is one, in the same way.
 
     What a denoiser is given for the prompt is among the results of the pipeline's ``encode_prompt``. Where it is found
     there, the result for the negative prompt goes in its place; so nothing has to be known of the pipeline.
     """
 
-    def __init__(self, pipe: Any, prompt: str | Sequence[str]) -> None:
+    def __init__(self, pipe: Any, prompt: str | Sequence[str] | None) -> None:
         kind = type(pipe).__name__
         self._encode: Callable[..., Any] | None = getattr(pipe, "encode_prompt", None)
         if self._encode is None or "prompt" not in inspect.signature(self._encode).parameters:
@@ -32,13 +35,18 @@ class PromptEncoder:
                 "set_negative of the handle's context"
             )
         self._pipe = weakref.ref(pipe)
-        self._prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._prompts = [prompt] if isinstance(prompt, str) else prompt if prompt is None else list(prompt)
         self._encoded: list[_Encoded] = []
         self._used = False
         self.runs = 0
         """How often a prompt was encoded."""
         self._before = vars(pipe).get("encode_prompt")  # somebody else's, on this pipeline alone
         pipe.encode_prompt = self.encode_prompt
+
+    @property
+    def negates(self) -> bool:
+        """Whether there is a negative prompt."""
+        return self._prompts is not None
 
     def stop(self) -> None:
         """Give the pipeline its own ``encode_prompt`` back."""
@@ -52,20 +60,27 @@ class PromptEncoder:
         """What the pipeline's own gives; what it gives for the negative prompt is kept."""
         assert self._encode is not None
         found = self._encode(*args, **kwargs)
+        self._keep(found, None if self._prompts is None else self._encode_negative(self._prompts, args, kwargs))
+        return found
+
+    def _encode_negative(self, prompts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._encode is not None
         given = inspect.signature(self._encode).bind(*args, **kwargs)
         asked = given.arguments.get("prompt")
         count = len(asked) if isinstance(asked, (list, tuple)) else 1
         for name in given.arguments:
             if name.startswith(_OF_THE_PROMPT):
                 given.arguments[name] = None
-        given.arguments["prompt"] = self._prompts
+        given.arguments["prompt"] = prompts
         parameters = given.signature.parameters
         if "do_classifier_free_guidance" in parameters:
             given.arguments["do_classifier_free_guidance"] = False
         for name in ("num_images_per_prompt", "num_videos_per_prompt"):
-            if name in given.arguments and len(self._prompts) != count:
+            if name in given.arguments and len(prompts) != count:
                 given.arguments[name] = 1
-        negative = self._encode(*given.args, **given.kwargs)
+        return self._encode(*given.args, **given.kwargs)
+
+    def _keep(self, found: Any, negative: Any) -> None:
         if self._used:
             self._encoded, self._used = [], False
         ones, others = (list(_tensors(each)) for each in (found, negative))
@@ -75,7 +90,6 @@ class PromptEncoder:
             if one is not None
         ]
         self.runs += 1
-        return found
 
     def read(self, tensors: Mapping[str, Tensor], groups: int, batch: int) -> tuple[dict[str, Tensor], int | None]:
         """The negative text by the labels of the ``tensors`` of a call whose ``batch`` has so many ``groups``, and the
@@ -95,8 +109,8 @@ class PromptEncoder:
         ]
         if not matches:
             raise SlothError(
-                f"none of the arguments of this call ({', '.join(tensors)}) is what encode_prompt has given: attach "
-                "without negative_prompt, and give its embeddings with set_negative of the handle's context"
+                f"none of the arguments of this call ({', '.join(tensors)}) is what encode_prompt has given: "
+                + ("say what its rows are with rows of the handle's context" if self._prompts is None else _BY_HAND)
             )
         place = next((group for each, _, group in matches if each.leads), None)
         found: dict[str, Tensor] = {}

@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from sloth_fx.model_adapters import ModelAdapter
+from sloth_fx.prediction import ENDLESS, Prediction
 from sloth_fx.schedule import Moment
 
 _NEAR = 0.005  # of the run: as far as a timestep in half precision can be from the scheduler's
-_ENDLESS = 1e300  # the sigma of pure noise, in a number that can be worked with
 
 
 class SchedulerReader:
@@ -63,15 +63,31 @@ class SchedulerReader:
 
 
 def moments_of(scheduler: Any) -> list[Moment] | None:
-    """The moment of each of a scheduler's timesteps t, of N that the model was trained with; ``None`` where it is of
-    no kind known here. Reads the tensors of the scheduler, wherever they lie.
+    """The moment of each of a scheduler's timesteps t, of N that the model was trained with, and the part of the run
+    that it covers; ``None`` where it is of no kind known here. Reads the tensors of the scheduler, wherever they lie.
 
     - Variance preserving (it has ``alphas_cumprod``): progress = 1 - t / N, sigma = sqrt((1 - abar_t) / abar_t), and
       between whole timesteps ln sigma is linear, as in :class:`sloth_fx.NoiseSchedule`.
     - Flow matching (its timesteps are its sigmas times N): progress = 1 - s, sigma = s / (1 - s), with s = t / N; or
       1 - t / N, where the scheduler inverts them.
     - EDM (its timesteps are ln sigma / 4): progress is how far ln sigma has come from the largest to the smallest.
+
+    A step goes on until the next one begins. The first, or only one goes back to the start of the run, unless it begins
+    later than its own length tells: a scheduler that counts back from the end of the run begins that much after it.
     """
+    moments = _moments(scheduler)
+    if not moments:
+        return moments
+    begins = [moment.progress for moment in moments]
+    ends = [next((later for later in begins[i + 1 :] if later > begin), 1.0) for i, begin in enumerate(begins)]
+    whole = ends[0] == 1.0 or 2 * begins[0] <= ends[0] + _NEAR
+    return [
+        moment._replace(step=(0.0 if whole and moment.progress == begins[0] else moment.progress, end))
+        for moment, end in zip(moments, ends, strict=True)
+    ]
+
+
+def _moments(scheduler: Any) -> list[Moment] | None:
     times = np.asarray(scheduler.timesteps.tolist(), dtype=np.float64)
     steps = _config(scheduler, "num_train_timesteps")
     if not isinstance(steps, int | float) or steps <= 0 or not np.isfinite(times).all():
@@ -93,13 +109,13 @@ def moments_of(scheduler: Any) -> list[Moment] | None:
 def _variance_preserving(times: Any, count: float, abar: Any) -> list[Moment]:
     with np.errstate(divide="ignore"):
         log_sigmas = 0.5 * (np.log(1 - abar) - np.log(abar))
-    log_sigmas = np.clip(log_sigmas, -math.log(_ENDLESS), math.log(_ENDLESS))
+    log_sigmas = np.clip(log_sigmas, -math.log(ENDLESS), math.log(ENDLESS))
     found = np.interp(times, np.arange(len(abar)), log_sigmas)
     return [Moment(_clamped((count - t) / count), math.exp(log)) for t, log in zip(times, found, strict=True)]
 
 
 def _flow(levels: Any) -> list[Moment]:
-    return [Moment(_clamped(1 - s), float(s / (1 - s)) if s < 1 else _ENDLESS) for s in levels]
+    return [Moment(_clamped(1 - s), float(s / (1 - s)) if s < 1 else ENDLESS) for s in levels]
 
 
 def _edm(scheduler: Any, sigmas: Any) -> list[Moment]:
@@ -114,6 +130,19 @@ def _edm(scheduler: Any, sigmas: Any) -> list[Moment]:
 
 def _clamped(progress: float) -> float:
     return min(max(float(progress), 0.0), 1.0)
+
+
+def prediction_of(scheduler: Any) -> Prediction | None:
+    """What the model of a scheduler predicts; ``None`` where it is of no kind known here."""
+    kind = _config(scheduler, "prediction_type")
+    if hasattr(scheduler, "precondition_inputs"):
+        data = _config(scheduler, "sigma_data")
+        return Prediction("edm", float(data)) if kind == "epsilon" and isinstance(data, int | float) else None
+    if kind in ("epsilon", "v_prediction", "sample"):
+        return Prediction(kind)
+    if kind == "flow_prediction" or (kind is None and "FlowMatch" in type(scheduler).__name__):
+        return Prediction("flow")
+    return None
 
 
 def _config(scheduler: Any, name: str) -> Any:

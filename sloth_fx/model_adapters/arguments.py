@@ -50,6 +50,14 @@ class Arguments:
             value = value[0] if value else None
         return value
 
+    def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The rows of the batch: those of the latent, or as many as a list has latents. 0 if there is none."""
+        name = self._latent_name(args, kwargs)
+        value = self._named(name, args, kwargs) if name is not None else None
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return int(value.shape[0])
+        return len(value) if isinstance(value, (list, tuple)) else 0
+
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The timestep (a number, or a tensor of them), or ``None``."""
         name = self._adapter.timestep

@@ -35,7 +35,8 @@ def register_adapter(
 ) -> ModelAdapter:
     """Say what the arguments of a model class mean; from now on models of it, and of its subclasses, follow this.
 
-    ``cls_or_name`` is the class or its name, ``adapter`` an adapter to begin with, and ``fields`` are fields of
+    ``cls_or_name`` is the class or its name (with its module, ``"host.models.Denoiser"``, where other classes have the
+    same name), ``adapter`` an adapter to begin with, and ``fields`` are fields of
     :class:`ModelAdapter`: ``register_adapter("MyDenoiser", latent="z", ids="positions", timesteps=1)``. It replaces
     what was registered, or built in, for a class of that name. Returns the adapter.
 
@@ -43,7 +44,7 @@ def register_adapter(
     """
     if isinstance(cls_or_name, type) and issubclass(cls_or_name, nn.Module):
         name = cls_or_name.__name__
-    elif isinstance(cls_or_name, str) and cls_or_name.isidentifier():
+    elif isinstance(cls_or_name, str) and all(part.isidentifier() for part in cls_or_name.split(".")):
         name = cls_or_name
     else:
         raise SlothError(f"register_adapter({cls_or_name!r:.80}): give a class of modules, or the name of one")
@@ -100,7 +101,7 @@ def trial_call(model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[()], Inpu
 
 
 def _described(model: nn.Module) -> ModelAdapter | None:
-    names = [base.__name__ for base in type(model).__mro__]
+    names = [name for base in type(model).__mro__ for name in (f"{base.__module__}.{base.__name__}", base.__name__)]
     return next((known[name] for name in names for known in (_registered, BUILT_IN) if name in known), None)
 
 

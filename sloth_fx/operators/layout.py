@@ -38,6 +38,7 @@ class KeyLayout(NamedTuple):
             samples are taken from each.
         frame_window: frames pooled together, and the stride along them, of local keys and of samples.
         guided: a negative text guides what the queries read.
+        perturbed: the model is asked once more with what is read here spoilt.
     """
 
     grid: tuple[int, int]
@@ -50,6 +51,7 @@ class KeyLayout(NamedTuple):
     frames: int = 1
     frame_window: int = 1
     guided: bool = False
+    perturbed: bool = False
 
     @property
     def tokens(self) -> int:

@@ -7,6 +7,7 @@ compute the logarithm of that sum anyway; torch has no public function that retu
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The namespace raises for a name that a release does not have: None leads to the plain softmax.
@@ -15,7 +16,9 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
 _EFFICIENT = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
 
 
-def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scaled dot product attention and the log-sum-exp of its scores.
 
     out = softmax(s) v, lse = log(sum_m exp(s_m)), with s = scale * q k^T.
@@ -25,14 +28,26 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float |
         key: (B, H, M, D).
         value: (B, H, M, Dv).
         scale: D ** -0.5 when None.
+        mask: bool (False hides) or additive, broadcasts to (B, H, N, M) and has its four axes.
 
     Returns:
         out (B, H, N, Dv) in the dtype of the query, and lse (B, H, N) in float32 (float64 for float64). Without keys,
-        M = 0, they are 0 and -inf.
+        because M = 0 or all are hidden, they are 0 and -inf.
 
     A fused kernel where there is one for the device, the dtype and the shapes; otherwise a plain softmax in float32.
     Also plain where a gradient is needed, because the kernels have none for lse.
     """
+    bias = None if mask is None else _bias(mask, query.dtype)
+    out, lse = _attention(query, key, value, scale, bias)
+    if bias is not None:  # kernels differ in what they give for a query that sees nothing
+        blind = (bias == -torch.inf).all(-1).expand(lse.shape)
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0), lse.masked_fill(blind, -torch.inf)
+    return out, lse
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     tensors = (query, key, value)
     fusable = (
         not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -41,16 +56,17 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float |
         and query.dtype.is_floating_point
     )
     if fusable and query.device.type == "cpu" and _CPU is not None and query.shape[-1] == value.shape[-1]:
-        out, lse = _CPU(query, key, value, 0.0, False, scale=scale)
+        out, lse = _CPU(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
         return out, lse
     if fusable and query.device.type == "cuda" and query.dtype != torch.float64:
-        if _FLASH is not None and _flash_fits(query, value):
+        if _FLASH is not None and bias is None and _flash_fits(query, value):
             out, lse = _FLASH(query, key, value, 0.0, False, False, scale=scale)[:2]
             return out, lse[..., : query.shape[2]]  # some releases round the length up
         if _EFFICIENT is not None and _efficient_fits(query, value):
-            out, lse = _EFFICIENT(query, key, value, None, True, 0.0, False, scale=scale)[:2]
+            bias = None if bias is None else _aligned(bias, query, key)
+            out, lse = _EFFICIENT(query, key, value, bias, True, 0.0, False, scale=scale)[:2]
             return out, lse[..., : query.shape[2]]
-    return _plain(query, key, value, scale)
+    return _plain(query, key, value, scale, bias)
 
 
 def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> Tensor:
@@ -71,10 +87,27 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> T
     return torch.lerp(out1, out2, weight.to(out1.dtype).unsqueeze(-1))
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask.to(dtype)
+
+
+def _aligned(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The efficient kernel wants rows that begin at multiples of 16 bytes, for all heads and queries."""
+    keys = key.shape[2]
+    rows = F.pad(bias.expand(*bias.shape[:3], keys), (0, -keys % 16))[..., :keys]
+    return rows.expand(*query.shape[:3], keys)
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query.to(dtype) * scale) @ key.to(dtype).mT
+    if bias is not None:
+        scores = scores + bias
     lse = scores.logsumexp(-1)
     # exp(scores - lse) is the softmax; of no keys at all it is an empty sum, so 0.
     return ((scores - lse.unsqueeze(-1)).exp() @ value.to(dtype)).to(query.dtype), lse

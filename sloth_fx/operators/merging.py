@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sloth_fx.errors import SlothError
-
-_MASK = 0xFFFFFFFF
+from sloth_fx.operators.hashing import hashed
 
 
 class MergeMap(NamedTuple):
@@ -127,17 +126,9 @@ def _destinations(
     height = (grid[0] - rows * cell[0]).clamp(max=cell[0]).unsqueeze(1)
     width = (grid[1] - columns * cell[1]).clamp(max=cell[1])
     number = torch.arange(frames * counts[0] * counts[1], device=device).view(frames, *counts)
-    place = _hash(number, seed) % (height * width)
+    place = hashed(number, seed) % (height * width)
     row, column = rows.unsqueeze(1) * cell[0] + place // width, columns * cell[1] + place % width
     return (row * grid[1] + column).flatten(1)
-
-
-def _hash(number: Tensor, seed: int | Tensor) -> Tensor:
-    """Integers below 2 ** 32 that look random, of integers: a multiplicative hash with shifts."""
-    mixed = (number * 0x9E3779B1 + (seed + 1) * 0x85EBCA77) & _MASK
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        mixed = ((mixed ^ (mixed >> shift)) * factor) & _MASK
-    return mixed ^ (mixed >> 15)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

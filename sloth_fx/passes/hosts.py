@@ -58,7 +58,7 @@ def _make_core(graph: fx.Graph, node: fx.Node, entry: HostFunction) -> None:
         layout, output_layout = layout.replace("H", ""), output_layout.replace("H", "")
     attend = _attend(entry, node.target, layout, output_layout)  # type: ignore[arg-type]
     with graph.inserting_before(node):
-        query, key, value = (_through(tensor, _TO_CORE[layout], heads) for tensor in tensors)
+        query, key, value = (_through(tensor, _steps_to_core(layout, tensor), heads) for tensor in tensors)
         kwargs = {**given, **({"mask": _mask(mask, query)} if mask is not None else {})}
         core = graph.call_function(attend, (query, key, value), {**kwargs, **({"causal": True} if causal else {})})
         query_hint, value_hint = query.meta["hint"], value.meta["hint"]
@@ -90,6 +90,11 @@ def _attend(entry: HostFunction, function: Function, layout: str, output_layout:
     attend.sloth_fx_softmax = True  # type: ignore[attr-defined] # no more than torch's, whatever kernel computes it
     attend.sloth_fx_evaluate = shape_only  # type: ignore[attr-defined] # fused kernels need data
     return core_function(attend)
+
+
+def _steps_to_core(layout: str, tensor: fx.Node) -> _Steps:
+    """Those of BNC, where heads and channels are apart already, are of BNHD."""
+    return _TO_CORE["BNHD" if layout == "BNC" and tensor.meta["hint"].ndim == 4 else layout]
 
 
 def _steps(tensor: Tensor, steps: _Steps, heads: int | None) -> Tensor:

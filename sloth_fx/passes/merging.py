@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sloth_fx.branching import each_row
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout, both_masks, causal_mask, join_image, split_image
 from sloth_fx.operators.merging import MergeMap, choose, merge, merge_map, merged_tokens, unmerge
@@ -80,6 +81,7 @@ class MergedAttention(nn.Module):
             )
         return merge_map(metric, layout.grid, self.merging.cell, self.merging.ratio, self.seed, layout.frames)
 
+    @each_row
     def forward(
         self,
         query: Tensor,
@@ -166,6 +168,7 @@ class _MergeTokens(nn.Module):
         super().__init__()
         self._merged = (merged,)  # in a tuple, for a child cannot be its own parent
 
+    @each_row
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         (merged,) = self._merged
         if not merged.acts:
@@ -177,6 +180,7 @@ class _MergeTokens(nn.Module):
 class _Unmerge(nn.Module):
     """Gives the result (..., M, D) of merged tokens to all that they were."""
 
+    @each_row
     def forward(self, out: Tensor, target: Tensor | None) -> Tensor:
         if target is None:
             return out

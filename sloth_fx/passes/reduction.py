@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sloth_fx.branching import each_row
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout, Pooling, causal_mask, join_image, reduce_mask, reduce_tokens, split_image
 from sloth_fx.operators.masks import both_masks
@@ -86,6 +87,7 @@ class KeyValueReduction(_Reduction):
         for part in self.modules():
             part.layout = layout  # type: ignore[assignment]
 
+    @each_row
     def forward(self, tokens: Tensor, axis: int = -2) -> tuple[Tensor, Tensor]:
         if not self.acts:
             return tokens, tokens
@@ -101,6 +103,7 @@ class KeyValueReduction(_Reduction):
 class PickedKeys(_Reduction):
     """Keys, of which the first of each window stays: what is right whatever was done to them."""
 
+    @each_row
     def forward(self, tokens: Tensor) -> Tensor:
         return self.reduced(tokens, tokens.ndim - 2, self.pooling)[0] if self.acts else tokens
 
@@ -112,6 +115,7 @@ class UnrotatedReduction(_Reduction):
     rotated each at a place of its own, and blended then (:class:`KeyBlend`).
     """
 
+    @each_row
     def forward(self, tokens: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         pooling = self.pooling
         if not self.acts or pooling.k_blend in (0, 1):
@@ -128,6 +132,7 @@ class UnrotatedReduction(_Reduction):
 class RotationReduction(_Reduction):
     """The factors of a rotation, for the keys that :class:`UnrotatedReduction` leaves."""
 
+    @each_row
     def forward(self, *factors: Tensor, kind: str, axis: int) -> Sequence[Tensor]:
         if not self.acts:
             return factors
@@ -138,6 +143,7 @@ class RotationReduction(_Reduction):
 class KeyBlend(_Reduction):
     """(1 - k_blend) * picked + k_blend * pooled, of rotated keys (..., M, D)."""
 
+    @each_row
     def forward(self, keys: Tensor) -> Tensor:
         if not self.acts or self.pooling.k_blend in (0, 1):
             return keys
@@ -154,6 +160,7 @@ class MaskReduction(_Reduction):
     (..., N, D) and ``key`` (..., M, D), after their reduction, tell the numbers.
     """
 
+    @each_row
     def forward(self, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> tuple[Tensor | None, bool]:
         if not self.acts:
             return mask, causal

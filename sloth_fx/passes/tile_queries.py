@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sloth_fx.branching import each_row
 from sloth_fx.operators import KeyLayout, both_masks, causal_mask, near_sighted_attention
 from sloth_fx.passes.causal import causal_name, causal_of
 from sloth_fx.passes.core import Attend, AttentionCore, check_tokens
@@ -68,6 +69,7 @@ class TiledAttention(nn.Module):
         """Choose other destinations from now on, where queries are merged."""
         self.seed.fill_(seed)
 
+    @each_row
     def forward(
         self,
         query: Tensor,

@@ -21,6 +21,8 @@ COMMANDS = {
     "spec validate": ("spec", "validate"),
     "spec convert": ("spec", "convert"),
     "spec list": ("spec", "list"),
+    "comfyui install": ("comfyui", "install"),
+    "comfyui uninstall": ("comfyui", "uninstall"),
 }
 
 

@@ -217,9 +217,9 @@ def test_only_the_first_step_of_a_run_reads_the_device(name, monkeypatch):
     counts = []
     follow = Follower.follow
 
-    def counted(self, args, kwargs):
+    def counted(self, *call):
         with Reads() as reads:
-            follow(self, args, kwargs)
+            follow(self, *call)
         counts.append(reads.count)
 
     monkeypatch.setattr(Follower, "follow", counted)
@@ -306,3 +306,37 @@ def test_edm_schedulers_of_diffusers(kind):
     assert [moment.sigma for moment in moments] == pytest.approx(scheduler.sigmas[:5].tolist())
     assert (moments[0].progress, moments[-1].progress) == pytest.approx((0.0, 1.0), abs=1e-6)
     assert sorted(moments) == moments
+
+
+@pipelines.numpy_warning
+@pytest.mark.parametrize(
+    ("spacing", "steps", "expected"),
+    [
+        ("trailing", 4, [(0.0, 0.251), (0.251, 0.501), (0.501, 0.751), (0.751, 1.0)]),
+        ("leading", 4, [(0.0, 0.5), (0.5, 0.75), (0.75, 1.0), (1.0, 1.0)]),
+        ("leading", 1, [(0.0, 1.0)]),
+    ],
+)
+def test_the_part_of_the_run_that_a_step_covers(spacing, steps, expected):
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    found = [moment.step for moment in moments_of(scheduler)]
+    assert found == [pytest.approx(each, abs=2e-3) for each in expected]
+    acting = [moment.within(0.01, 0.2) for moment in moments_of(scheduler)]
+    assert acting == [True] + [False] * (steps - 1)  # of a short run the first step, wherever it begins
+
+
+@pipelines.numpy_warning
+def test_two_calls_of_one_step_cover_the_same():
+    scheduler = diffusers.HeunDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    steps = [moment.step for moment in moments_of(scheduler)]
+    assert steps[1] == steps[2]
+    assert steps[3] == steps[4]
+    assert steps[-1][1] == 1.0
+
+
+def test_a_run_that_begins_late_does_not_cover_what_it_left_out():
+    scheduler = Known([500.0, 400.0, 300.0], alphas_cumprod=torch.linspace(0.99, 0.01, 1000))
+    assert moments_of(scheduler)[0].step == pytest.approx((0.5, 0.6))
+    assert not moments_of(scheduler)[0].within(0.01, 0.2)

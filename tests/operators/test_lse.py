@@ -130,3 +130,18 @@ def test_the_kernels_of_a_gpu(dtype, error, size):
     expected, expected_sums = formula(*tensors)
     torch.testing.assert_close(out.cpu().double(), expected, atol=error, rtol=error)
     torch.testing.assert_close(sums.cpu().double(), expected_sums, atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("value_size", [8, 5])  # 5: no kernel takes it
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_mask_hides_keys(rows, additive, value_size):
+    query, key, value = inputs(value_size=value_size)
+    mask = torch.rand(2, 1, rows, 11) < 0.6
+    mask[..., 3] = True
+    mask[1, :, -1] = False  # a query that sees nothing, or all of them
+    bias = torch.where(mask, torch.randn(mask.shape) if additive else 0.0, -torch.inf)
+    out, sums = attention_with_lse(query, key, value, None, bias if additive else mask)
+    scores = query.double() @ key.double().mT * 8**-0.5 + bias
+    torch.testing.assert_close(sums, scores.logsumexp(-1).float())
+    torch.testing.assert_close(out, (scores.softmax(-1).nan_to_num() @ value.double()).float())

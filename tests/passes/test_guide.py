@@ -11,7 +11,8 @@ from sloth_fx.guidance_specs import NAG
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.canonicalise import canonicalise
 from sloth_fx.passes.core import attention_cores
-from sloth_fx.passes.guide import GuidedAttention, GuidedResult, SharedImage, branch, guide
+from sloth_fx.passes.guide import GuidedAttention, branch, guide
+from sloth_fx.passes.one_image import GuidedResult, SharedImage
 from sloth_fx.rewrite import generate
 from sloth_fx.site import Place
 from tests.two_branches import guide as by_hand

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import sloth_fx
-from tests.two_branches import CROSS, ReadsText, in_order, two_branches
+from sloth_fx.model_adapters import Arguments, adapter_for
+from tests.two_branches import CROSS, ReadsText, in_order, in_step, two_branches
 from tests.zoo.compare import at, difference
 from tests.zoo.count import watch
 from tests.zoo.registry import MODELS, run, shared
@@ -29,9 +30,24 @@ FAMILIES = {
     "PRXTransformer2DModel": ((TEXT,), False),
     "HunyuanVideoTransformer3DModel": ((TEXT,), False),  # text that attends to itself
 }
+# Hosts that are steered by what they compute, write into their tokens, or take a list of texts; and what two correct
+# runs differ by (positions in half precision).
+IN_STEP = {
+    "CogView4Transformer2DModel": 1e-5,
+    "GlmImageTransformer2DModel": 1e-5,
+    "HiDreamImageTransformer2DModel": 1e-5,
+    "HunyuanImageTransformer2DModel": 1e-5,
+    "HunyuanVideo15Transformer3DModel": 1e-5,
+    "HunyuanVideoFramepackTransformer3DModel": 1e-5,
+    "QwenImage21Transformer2DModel": 1e-5,
+    "EasyAnimateTransformer3DModel": 1e-5,
+    "ZImageTransformer2DModel": 1e-5,
+    "JoyImageEditPlusTransformer3DModel": 1e-5,
+    "WanAnimate2Transformer3DModel": 1e-5,
+    "Kandinsky5Transformer3DModel": 1e-4,
+}
 REFUSED = {
     "UNet2DModel": "NAG needs cross-attention or joint attention of image tokens to text",
-    "ZImageTransformer2DModel": "does not have a row for each",
     "Lumina2Transformer2DModel": "which of its tokens are the image's is not known",
 }
 
@@ -78,6 +94,44 @@ def test_it_equals_two_branches_and_the_same_text_changes_nothing(name):
     expected = two_branches(model, call, negative, SPEC, in_order(sites(name)), batch=2, run=run)
     assert difference(found, [each[:2] for each in expected]) < 1e-5
     assert difference(found, base) > 0.05
+
+
+def noise(value):
+    if isinstance(value, (list, tuple)):
+        return [noise(each) for each in value]
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(value.shape[0]))
+
+
+@pytest.mark.parametrize("name", IN_STEP)
+def test_it_equals_two_calls_in_step(name):
+    model, call = shared(name), MODELS[name].inputs()
+    patched = sloth_fx.transform(model, SPEC, example_inputs=MODELS[name].inputs())
+    notes = [site.note for site in sloth_fx.report(patched) if "NAG" in site.operators]
+    assert all(note.endswith("what both texts have in common is computed once") for note in notes)
+    arguments = Arguments(model, adapter_for(model))
+    negative = {label.partition("[")[0]: None for label in arguments.text((), call)}
+    negative = {label: noise(call[label]) for label in negative}
+    sloth_fx.context(patched).set_negative(**negative)
+    found = at(patched, 0.1, call)
+    read = in_order(sites(name)), in_order(sites(name))
+    expected = in_step(model, (call, {**call, **negative}), SPEC, read, run=run)
+    assert difference(found, expected) < IN_STEP[name]
+    assert difference(found, run(model, call)) > 0.05
+
+
+def test_one_of_a_list_of_texts_is_for_all_images():
+    name = "ZImageTransformer2DModel"
+    call, patched = MODELS[name].inputs(), sloth_fx.transform(shared(name), SPEC, example_inputs=MODELS[name].inputs())
+    call["cap_feats"] = [call["cap_feats"][0], call["cap_feats"][0].flip(0)]  # the host asks each text for its len
+    text, context = noise(call["cap_feats"][:1]), sloth_fx.context(patched)
+    found = []
+    for texts in (text, text * 2):
+        context.set_negative(cap_feats=texts)
+        found.append(at(patched, 0.1, call))
+    assert difference(*found) == 0
+    context.set_negative(cap_feats=text * 3)
+    with pytest.raises(sloth_fx.SlothError, match="cap_feats has 3 texts: give 1, or one for each of the 2 images"):
+        at(patched, 0.1, call)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,0 +1,76 @@
+"""What is made of the length of a text, such as positions, is made for the text of each branch."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sloth_fx.branching.lengths import Length
+from sloth_fx.branching.values import Branched, Pair, apply, of, paired
+
+
+class TwoLengths(TorchFunctionMode):
+    """While it is entered, functions of torch take a :class:`Length`: they give a value in each branch."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return apply(function, args, kwargs) if _has_length((args, kwargs)) else function(*args, **kwargs)
+
+
+def take_lengths(model: nn.Module) -> None:
+    """From now on modules of a host's own that have no parameters, such as those that make positions, are called once
+    for each branch where they are told a :class:`Length`: what their Python does with it is its own affair."""
+    for module in model.modules():
+        own = not type(module).__module__.startswith(("torch.", "sloth_fx."))
+        if own and "forward" not in module.__dict__ and next(module.parameters(), None) is None:
+            module.forward = types.MethodType(_forward, module)
+
+
+def run_apart(module: nn.Module) -> None:
+    """From now on ``module``, in which no image reads text, is called once for each branch."""
+    module.forward = types.MethodType(_forward_apart, module)
+
+
+def _forward_apart(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not any(isinstance(each, (Branched, Length)) for each in (*args, *kwargs.values())):
+        return type(self).forward(self, *args, **kwargs)
+    return _for_each(self, args, kwargs)
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not _has_length((args, kwargs)):
+        return type(self).forward(self, *args, **kwargs)
+    return _for_each(self, args, kwargs)
+
+
+def _for_each(self: nn.Module, args: Any, kwargs: Any) -> Any:
+    positive, negative = (type(self).forward(self, *of(args, branch), **of(kwargs, branch)) for branch in range(2))
+    return _merged(paired(positive, negative))
+
+
+def _merged(value: Any) -> Any:
+    """What was found to be the same in both branches, as one: positions of the image do not go by the text."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_merged(each) for each in value])
+    return one_if_equal(value)
+
+
+def one_if_equal(value: Any) -> Any:
+    """The tensor that a pair is twice, if it is; to tell, it is read."""
+    if not isinstance(value, Pair) or value.positive.shape != value.negative.shape:
+        return value
+    return value.positive if torch.equal(value.positive, value.negative) else value
+
+
+def _has_length(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_length, value))
+    if isinstance(value, dict):
+        return any(map(_has_length, value.values()))
+    if isinstance(value, slice):
+        return isinstance(value.start, Length) or isinstance(value.stop, Length)
+    return isinstance(value, Length)

@@ -1,0 +1,85 @@
+"""Where a sampling run of ComfyUI is: its sigmas, in the terms of a moment."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sloth_fx.errors import SlothError
+from sloth_fx.schedule import Moment
+
+_PREDICTIONS = {
+    "CONST": "flow",
+    "EDM": "edm",
+    "V_PREDICTION": "v_prediction",
+    "X0": "sample",
+    "EPS": "epsilon",
+}
+"""By the classes of ComfyUI that models' samplings are made of, of which the later are bases of the earlier."""
+_PURE_NOISE = 1e300  # noise over signal of a flow at its start, as elsewhere
+
+
+def moment_of(options: Any, model_sampling: Any) -> Moment:
+    """The moment of a call whose ``transformer_options`` are ``options``, in a run of ``model_sampling``.
+
+    Progress is a place in the full range of noise, as it is everywhere here, and not a count of steps: 1 - t / N of
+    the timestep t, of N that the model was trained with, for those of Stable Diffusion; 1 - s for flows; how far
+    ln sigma has come for EDM. Sigma is noise over signal: s / (1 - s) for flows. A step goes on until the next of
+    ``sample_sigmas``. Raises :class:`SlothError` where there are no sigmas.
+    """
+    sigmas = options.get("sigmas")
+    if sigmas is None or len(sigmas) == 0:
+        raise SlothError('this call of the model has no "sigmas" in its transformer_options: nothing tells the moment')
+    sigma = float(sigmas.flatten()[0])
+    progress = _progress(sigma, model_sampling)
+    return Moment(progress, _noise_over_signal(sigma, model_sampling), _step(progress, sigma, options, model_sampling))
+
+
+def prediction_of(model_sampling: Any) -> str | None:
+    """What a model predicts, in the words of :attr:`sloth_fx.TimestepContext.prediction`; ``None`` if not known."""
+    names = [base.__name__ for base in type(model_sampling).__mro__]
+    return next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
+
+
+def _progress(sigma: float, sampling: Any) -> float:
+    def timestep(level: float) -> float:
+        like = sampling.sigma_max.new_tensor([level])
+        return float(sampling.timestep(like).flatten()[0])
+
+    if sigma <= 0:
+        return 1.0
+    if _is_flow(sampling):
+        return _clamped(1 - sigma)
+    first, last = timestep(float(sampling.sigma_max)), timestep(float(sampling.sigma_min))
+    now = timestep(sigma)
+    if first > 1 and last >= 0:  # counted, from N - 1 to 0
+        return _clamped(1 - now / getattr(sampling, "num_timesteps", 1000))
+    if last >= 0:  # a share
+        return _clamped(1 - now)
+    return _clamped((first - now) / (first - last)) if first > last else 0.0  # of ln sigma
+
+
+def _step(progress: float, sigma: float, options: Any, sampling: Any) -> tuple[float, float] | None:
+    """The part of the run until the next sigma; ``None`` where this one is none of the run's."""
+    run = options.get("sample_sigmas")
+    if run is None:
+        return None
+    later = [each for each in run.tolist() if each < sigma * (1 - 1e-6)]
+    end = _progress(later[0], sampling) if later else 1.0
+    whole = len(run) > 0 and math.isclose(float(run[0]), sigma, rel_tol=1e-6)
+    return (0.0 if whole and 2 * progress <= end else progress, max(end, progress))
+
+
+def _noise_over_signal(sigma: float, sampling: Any) -> float:
+    if not _is_flow(sampling):
+        return sigma
+    return sigma / (1 - sigma) if sigma < 1 else _PURE_NOISE
+
+
+def _is_flow(sampling: Any) -> bool:
+    """Whether sigma is the share of noise: then what is denoised is sigma * noise + (1 - sigma) * image."""
+    return any(base.__name__ in ("CONST", "IMG_TO_IMG_FLOW") for base in type(sampling).__mro__)
+
+
+def _clamped(progress: float) -> float:
+    return min(max(progress, 0.0), 1.0)

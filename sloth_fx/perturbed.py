@@ -1,0 +1,253 @@
+"""Calls of a model whose attention is perturbed besides: what the model says then is steered away from.
+
+Both predictions come from one call, in which rows of the batch pass in two branches from the first perturbed site on
+(:mod:`sloth_fx.branching.rows`). Where a host does not take such values, the model is called a second time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sloth_fx.branching import Rows, rows_in, together
+from sloth_fx.capture.capture import Call
+from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.errors import SlothError
+from sloth_fx.model_adapters import Arguments
+from sloth_fx.operators import KeyLayout
+from sloth_fx.operators.perturbation import effective_scale, guided
+from sloth_fx.perturbation_specs import PerturbationSpec
+from sloth_fx.schedule import Moment
+
+NAME = "sloth_perturbed"
+_UNPERTURBED = "_sloth_fx_unperturbed_forward"
+
+
+class Perturbed(nn.Module):
+    """Runs the calls of a model in two branches while ``spec`` acts, and puts both predictions together.
+
+    ``latent`` is the argument that has the rows of the batch: its name and its position. With ``shares`` one call
+    serves both branches.
+    """
+
+    def __init__(self, spec: PerturbationSpec, latent: tuple[str, int]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.latent = latent
+        self.layout = KeyLayout((1, 1))
+        self.rows: tuple[bool, ...] = (True,)
+        self.halves = 1
+        self.shares = False
+        self.scale = torch.tensor(0.0, dtype=torch.float64)  # not a number: another one is no new graph
+
+    def set_layout(self, layout: KeyLayout, halves: int) -> None:
+        self.layout, self.halves = layout, halves
+
+    def set_rows(self, rows: tuple[bool, ...]) -> None:
+        self.rows = rows
+
+    def set_moment(self, moment: Moment, guidance_scale: float | None) -> None:
+        """``guidance_scale`` is that of classifier-free guidance which takes what the model returns."""
+        self.scale.fill_(effective_scale(self.spec.scale_at(moment), guidance_scale if all(self.rows) else None))
+
+    @property
+    def acts(self) -> bool:
+        return self.layout.perturbed and any(self.rows)
+
+    def run(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The guided result of ``forward``, that of ``model``."""
+        latent = self.latent_of(args, kwargs)
+        batch = self._checked_batch(latent)
+        if self.shares:
+            latent = Rows(latent, self.rows)
+            name, position = self.latent
+            if name in kwargs:
+                kwargs = {**kwargs, name: latent}
+            else:
+                args = (*args[:position], latent, *args[position + 1 :])
+            return self._together(forward(*args, **kwargs))
+        result = forward(*args, **kwargs)
+        alone = not all(self.rows) and _by_row((args, kwargs), batch)
+        if alone:
+            args, kwargs = self._picked(args, batch), self._picked(kwargs, batch)
+        with spoiling(model, alone=alone):
+            perturbed = forward(*args, **kwargs)
+        return self._both(result, perturbed if alone else self._picked(perturbed, batch), batch)
+
+    def latent_of(self, args: Any, kwargs: Any) -> Any:
+        name, position = self.latent
+        return kwargs[name] if name in kwargs else args[position]
+
+    def _checked_batch(self, latent: Any) -> int:
+        batch = len(latent)
+        if self.halves != len(self.rows):
+            raise SlothError(
+                f"the batch holds {self.halves} groups of conditioning, and rows names {len(self.rows)}: say what they "
+                'are with rows of the context, as in ("uncond", "cond")'
+            )
+        if batch % len(self.rows):
+            raise SlothError(
+                f"a batch of {batch} rows cannot be divided into {len(self.rows)} groups of conditioning: say which "
+                'there are with rows of the context, as in ("uncond", "cond")'
+            )
+        return batch
+
+    def _together(self, result: Any) -> Any:
+        if not any(each.parted for each in rows_in(list(result.values()) if isinstance(result, dict) else result)):
+            raise TypeError("what is perturbed does not reach the result")
+        return together(result, self._guided_rows)
+
+    def _guided_rows(self, result: Rows) -> Tensor:
+        if not result.parted or not result.dtype.is_floating_point:
+            return result.positive
+        if result.axis != 0:
+            raise SlothError(
+                f"a result whose rows lie along axis {result.axis}: {type(self.spec).__name__} needs axis 0"
+            )
+        return self._guided(result.positive, result.negative)
+
+    def _guided(self, prediction: Tensor, perturbed: Tensor) -> Tensor:
+        scale: Any = self.scale.to(torch.promote_types(prediction.dtype, torch.float32))
+        return guided(prediction, perturbed, self.rows, scale=scale, rescale=self.spec.rescale)
+
+    def _picked(self, value: Any, batch: int) -> Any:
+        """Arguments or results for the rows that are guided."""
+        if isinstance(value, Tensor):
+            if value.ndim == 0 or value.shape[0] != batch or all(self.rows):
+                return value
+            return torch.cat(
+                [part for part, there in zip(value.chunk(len(self.rows)), self.rows, strict=True) if there]
+            )
+        if isinstance(value, dict):
+            changed = {name: self._picked(each, batch) for name, each in value.items()}
+            return type(value)(**changed) if hasattr(value, "__dataclass_fields__") else changed
+        if isinstance(value, (list, tuple)):
+            items = [self._picked(each, batch) for each in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def _both(self, result: Any, perturbed: Any, batch: int) -> Any:
+        if isinstance(result, Tensor):
+            if result.ndim == 0 or result.shape[0] != batch or not result.dtype.is_floating_point:
+                return result
+            expected = (batch // len(self.rows) * sum(self.rows), *result.shape[1:])
+            if tuple(perturbed.shape) != expected:
+                raise SlothError(f"the perturbed call gives {tuple(perturbed.shape)}, where {expected} was expected")
+            return self._guided(result, perturbed)
+        if isinstance(result, (list, tuple)):
+            items = [self._both(*each, batch) for each in zip(result, perturbed, strict=True)]
+            return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+        if isinstance(result, dict):
+            changed = {name: self._both(each, perturbed[name], batch) for name, each in result.items()}
+            return type(result)(**changed) if hasattr(result, "__dataclass_fields__") else changed
+        return result
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+
+def _by_row(call: Call, batch: int) -> bool:
+    """Whether each tensor of a call plainly has a row for each of the batch. Otherwise all rows are asked once more."""
+    args, kwargs = call
+    given = [*args, *kwargs.values()]
+    given += [item for each in given if isinstance(each, dict) for item in each.values()]
+    if any(isinstance(each, (list, tuple)) for each in given):
+        return False
+    return all(each.ndim == 0 or each.shape[0] == batch for each in given if isinstance(each, Tensor))
+
+
+@contextmanager
+def spoiling(model: nn.Module, *, alone: bool) -> Iterator[None]:
+    """While it is entered, plain tensors that reach the perturbed sites of ``model`` are those of a perturbed call;
+    ``alone`` tells that it has no rows but those that are guided."""
+    _set(model, spoils=True, alone=alone)
+    try:
+        yield
+    finally:
+        _set(model, spoils=False, alone=False)
+
+
+def _set(model: nn.Module, **values: bool) -> None:
+    for module in model.modules():
+        for name, value in values.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
+
+
+def latent_argument(spec: PerturbationSpec, model: nn.Module, arguments: Arguments, call: Call) -> tuple[str, int]:
+    """Name and position of the latent. Raises :class:`SlothError` where a ``call`` has none with rows."""
+    args, kwargs = call
+    latent = arguments.latent(args, kwargs)
+    names = list(inspect.signature(model.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    name = next((name for name, value in given.items() if value is latent), None)
+    if not isinstance(latent, Tensor) or name is None:
+        raise SlothError(
+            f"{type(spec).__name__} guides the rows of a batch, and {type(model).__name__} takes no latent that is one "
+            "tensor with a row for each image"
+        )
+    return name, names.index(name) if name in names else len(args)
+
+
+def why_not_shared(model: nn.Module, call: Call) -> str | None:
+    """Why one call of ``model``, patched and perturbed, cannot serve both branches: tried on a copy without data.
+
+    Raises :class:`SlothError` for a model whose results are no predictions.
+    """
+    skeleton = Skeleton(model)
+    args, kwargs = skeleton.fake_inputs(call)
+    for module in skeleton.model.modules():
+        layout = getattr(module, "layout", None)
+        if isinstance(layout, KeyLayout):
+            module.__dict__["layout"] = layout._replace(perturbed=True)
+    share(skeleton.model)
+    with skeleton.running():
+        try:
+            skeleton.model(*args, **kwargs)
+        except Exception as error:  # whatever the host's Python does with what stands for a tensor
+            reason = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+    return None
+
+
+def share(model: nn.Module) -> None:
+    """From now on one call of ``model`` serves both branches."""
+    assert isinstance(model._modules[NAME], Perturbed)
+    _set(model, shares=True)
+
+
+def install(model: nn.Module, perturbed: Perturbed) -> None:
+    """Let ``model`` run its calls through ``perturbed``."""
+    model.add_module(NAME, perturbed)
+    slot = "_old_forward" if "_hf_hook" in model.__dict__ else "forward"  # accelerate's hook wraps what lies there
+    model.__dict__[_UNPERTURBED] = model.__dict__.get(slot)
+    setattr(model, slot, types.MethodType(_forward_like(model.forward), model))
+
+
+def is_perturbed(model: nn.Module) -> bool:
+    return _UNPERTURBED in model.__dict__
+
+
+def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with the parameters that ``original`` has, for whoever asks for their names."""
+
+    @functools.wraps(getattr(original, "__func__", original))
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    perturbed = self._modules[NAME]
+    assert isinstance(perturbed, Perturbed)
+    own: Callable[..., Any] | None = self.__dict__[_UNPERTURBED]
+    forward = own if own is not None else functools.partial(type(self).forward, self)
+    return perturbed.run(self, forward, args, kwargs) if perturbed.acts else forward(*args, **kwargs)

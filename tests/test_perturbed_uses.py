@@ -1,0 +1,221 @@
+"""Guidance by perturbed attention with all else: hosts that do not share, other specs, torch.compile, copies."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.utils as dynamo
+import torch.nn.functional as F
+
+import sloth_fx
+from sloth_fx import (
+    NAG,
+    PAG,
+    SEG,
+    SLG,
+    TPG,
+    NearSightedTile,
+    Perturb,
+    SlothError,
+    SlothfulAttention,
+    TokenDownsample,
+    TokenMerging,
+)
+from tests import foreign, models
+from tests.perturbed_by_hand import attend, itself, operations, rows_of, two_calls
+from tests.test_perturbed import BATCH, COND, ROWS, SCALE, dit, dit_inputs, guided, patched, run, unet_inputs
+
+MIDDLE = 6
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return copy.deepcopy(models.shared("sd15")).double()
+
+
+def call_of_its_own(model):
+    """From now on the model is called twice."""
+    for module in model.modules():
+        if hasattr(module, "shares"):
+            module.shares = False
+
+
+def test_a_host_that_does_not_take_such_values_is_called_twice():
+    """einops wants tensors. The heads are folded into the batch there, and the attention written out."""
+    torch.manual_seed(0)
+    model, random = foreign.LatentUNet().eval(), torch.Generator().manual_seed(1)
+    inputs = [torch.randn(BATCH, *shape, generator=random) for shape in ((4, 10, 14), (7, 24))]
+    call = {"x": inputs[0], "timesteps": torch.full((BATCH,), 300), "context": inputs[1]}
+    found, context = patched(model, PAG(scale=SCALE), rows_of(call, BATCH, [0, 1]))
+    assert "a call of its own: " in next(site.note for site in sloth_fx.report(found) if site.operators)
+    changed = copy.deepcopy(model)
+    own = changed.middle_attn.attn1
+    own.forward = lambda x: own.to_out(own.to_v(x))
+    with torch.no_grad():
+        expected = model(**call), changed(**rows_of(call, BATCH, COND))
+        torch.testing.assert_close(found(**call), guided(*expected))
+        half = operations(lambda: found(**call)) / operations(lambda: model(**call))
+        assert 1.4 < half < 1.5
+        context.rows = ("cond",)
+        expected = model(**call), changed(**call)
+        torch.testing.assert_close(found(**call), guided(*expected, rows=[0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("spec", [PAG(scale=SCALE), SEG(scale=SCALE), TPG(scale=SCALE), SLG(layers=[1], stop=1.0)])
+def test_both_ways_agree(spec):
+    model, call = dit(joint=True), dit_inputs()
+    found, _ = patched(model, spec, dit_inputs(2), progress=0.3)
+    with torch.no_grad():
+        shared = run(found, call)
+        call_of_its_own(found)
+        torch.testing.assert_close(run(found, call), shared)
+
+
+OTHERS = {
+    "reduced": SlothfulAttention(),
+    "reduced, at the middle as well": SlothfulAttention(keep_middle=False),
+    "thinned out": TokenDownsample(factors=(2, 2)),
+    "in tiles": NearSightedTile(tile_size=4, max_depth=8, where=lambda site: site.stage != "middle"),
+    "merged": TokenMerging(max_depth=2),
+    "a negative text": NAG(scale=3.0),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_specs(unet, name):
+    """Each is what it is alone; the perturbed prediction is of the model with the other spec."""
+    other, call = OTHERS[name], unet_inputs(unet)
+    text = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(3)).double()
+
+    def made(specs):
+        model, context = patched(unet, specs, unet_inputs(unet, 2), progress=0.35)
+        context.at(0.35, sigma=3.0)
+        if isinstance(other, NAG):
+            context.set_negative(encoder_hidden_states=text)
+        return model
+
+    alone, one, two = made([other]), made([other, PAG(scale=SCALE)]), made([other, PAG(scale=2 * SCALE)])
+    assert all("computed once" in site.note for site in sloth_fx.report(one) if "PAG" in site.operators)
+    with torch.no_grad():
+        base, first, second = (run(model, call) for model in (alone, one, two))
+        if name != "reduced, at the middle as well":
+            torch.testing.assert_close(second - base, 2 * (first - base))
+        else:
+            assert "without SlothfulAttention" in next(s.note for s in sloth_fx.report(one) if "PAG" in s.operators)
+        assert (first - base).abs().max() > 0.01
+        assert (base - run(unet, call)).abs().max() > 0.01
+        call_of_its_own(one)
+        torch.testing.assert_close(run(one, call), first)
+
+
+def test_what_does_not_go_together(unet):
+    call, joint, inputs = unet_inputs(unet, 2), dit(joint=True), dit_inputs(2)
+    for model, specs, given, message in (
+        (unet, [PAG(), NearSightedTile(concat_local=True)], call, "images attend to each other"),
+        (unet, [PAG(), TokenMerging(where="middle", max_depth=3)], call, "acts on no site but those that PAG perturbs"),
+        (joint, [PAG(), NAG()], inputs, "PAG and NAG cannot both act"),
+    ):
+        with pytest.raises(SlothError, match=message):
+            sloth_fx.transform(model, specs, example_inputs=given)
+
+
+@pytest.mark.parametrize("spec", [PAG(adaptive=0.001), TPG(where="middle"), SLG(layers=[2], start=0.0)], ids=str)
+@pytest.mark.parametrize("way", ["shared", "a call of its own"])
+def test_compiled_it_is_one_graph_for_all_steps(spec, way):
+    torch._dynamo.reset()
+    dynamo.counters.clear()
+    model, call = dit(joint=True), dit_inputs()
+    found, context = patched(model, copy.copy(spec), dit_inputs(2))
+    if way != "shared":
+        call_of_its_own(found)
+    compiled = torch.compile(found, fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for progress in (0.0, 0.05, 0.1, 0.15):
+            context.at(progress)
+            torch.testing.assert_close(run(compiled, call), run(found, call))
+    assert not dynamo.counters["graph_break"]
+    assert dynamo.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_compiled_unet_has_a_graph_with_and_one_without():
+    torch._dynamo.reset()
+    dynamo.counters.clear()
+    model = models.shared("sd15")
+    call = models.inputs(model, batch=BATCH, timestep=torch.tensor(500))
+    found, context = patched(model, PAG(scale=SCALE, stop=0.5), models.inputs(model, timestep=torch.tensor(500)))
+    compiled = torch.compile(found, fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        for step in range(4):
+            context.step(step, 4)
+            torch.testing.assert_close(run(compiled, call), run(found, call), atol=1e-4, rtol=1e-4)
+    assert dynamo.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+def test_the_original_is_untouched_and_copies_are_apart(unet):
+    model = copy.deepcopy(unet)
+    before = models.state_of(model)
+    found, _ = patched(model, PAG(scale=SCALE), unet_inputs(unet, 2))
+    assert models.state_of(model) == before
+    assert list(found.state_dict()) == list(model.state_dict())
+    call = unet_inputs(unet)
+    with torch.no_grad():
+        result = run(found, call)
+        other = copy.deepcopy(found)
+        sloth_fx.context(other).rows = ("uncond", "uncond")
+        assert torch.equal(run(other, call), run(unet, call))
+        torch.testing.assert_close(run(found, call), result)
+
+
+def test_located_at_the_first_call(unet):
+    call = unet_inputs(unet)
+    found = sloth_fx.transform(unet, PAG(scale=SCALE), example_inputs="first call")
+    sloth_fx.context(found).rows = ROWS
+    expected = two_calls(unet, call, (MIDDLE,), itself, batch=BATCH, rows=COND, run=run)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(run(found, call), guided(*expected))
+
+
+def test_masked_joint_attention():
+    """Text that is masked is seen by nobody, whoever is perturbed."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = torch.nn.Conv2d(4, 12, 2, stride=2), torch.nn.Linear(12, 4)
+            self.context = torch.nn.Linear(8, 12)
+
+        def forward(self, latent, timestep, context, mask):
+            b, _, h, w = latent.shape
+            tokens = self.embed(latent).flatten(2).transpose(1, 2)
+            both = torch.cat([tokens, self.context(context)], 1)
+            q = both.unflatten(2, (2, 6)).transpose(1, 2)
+            seen = F.pad(mask, (tokens.shape[1], 0), value=True)[:, None, None]
+            read = F.scaled_dot_product_attention(3 * q, q, q, attn_mask=seen).transpose(1, 2).flatten(2)
+            x = self.out(tokens + read[:, : tokens.shape[1]] + read[:, tokens.shape[1] :].mean(1, keepdim=True))
+            return F.interpolate(x.transpose(1, 2).reshape(b, 4, h // 2, w // 2), size=(h, w))
+
+    torch.manual_seed(0)
+    model, call = Masked().double().eval(), dit_inputs()
+    call["mask"] = torch.arange(5)[None] < torch.tensor([[5], [4], [3], [2]])
+
+    def by_hand(query, key, value, attn_mask=None):
+        sees = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+        sees[:35, :35] = torch.eye(35, dtype=torch.bool)
+        return attend(query, key, value, sees & attn_mask)
+
+    found, _ = patched(model, PAG(scale=SCALE, where=None), call)
+    assert "computed once" in sloth_fx.report(found).sites[0].note
+    expected = two_calls(model, call, (0,), by_hand, batch=BATCH, rows=COND, run=run)
+    with torch.no_grad():
+        torch.testing.assert_close(run(found, call), guided(*expected))
+
+
+def test_a_function_that_gives_something_else(unet):
+    found, _ = patched(unet, Perturb(lambda q, k, v: v[:, :, :-1], scale=SCALE), unet_inputs(unet, 2))
+    with pytest.raises(SlothError, match=r"attn1: Perturb gives \(2, 2, 5, 16\) for queries \(2, 2, 6, 16\)"):
+        run(found, unet_inputs(unet))

@@ -1,0 +1,88 @@
+"""What any guidance does is tried at the transform; a model that it would guide wrongly is refused, and as it was."""
+
+import copy
+
+import pytest
+import torch
+
+import sloth_fx
+from sloth_fx import NAG, SlothError, branches, self_checks
+from sloth_fx.passes import one_image
+from tests import models
+from tests.zoo.registry import MODELS, run, shared
+
+SD3 = "SD3Transformer2DModel/sd35"
+
+
+def transformed(model=None, **inputs):
+    model = shared(SD3) if model is None else model
+    return sloth_fx.transform(model, NAG(), example_inputs={**MODELS[SD3].inputs(), **inputs})
+
+
+def refused(model=None):
+    model = shared(SD3) if model is None else model
+    before = models.state_of(model)
+    with pytest.raises(SlothError) as caught:
+        transformed(model)
+    assert models.state_of(model) == before
+    return str(caught.value)
+
+
+@pytest.fixture(params=["shared", "two branches"])
+def way(request, monkeypatch):
+    if request.param == "two branches":
+        monkeypatch.setattr(branches, "why_not_shared", lambda *_: "for a test")
+
+
+@pytest.mark.usefixtures("way")
+class TestEachWay:
+    def test_nothing_of_the_model_and_no_random_state_changes(self):
+        before, state = models.state_of(shared(SD3)), torch.get_rng_state()
+        patched = transformed()
+        assert models.state_of(shared(SD3)) == before
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not any("not tried" in site.note for site in sloth_fx.report(patched))
+
+    def test_a_result_that_is_wrong_for_any_text(self, monkeypatch):
+        right = one_image.guided_by
+        monkeypatch.setattr(one_image, "guided_by", lambda positive, *others: right(positive, *others) * 1.1)
+        assert "with alpha=0, guidance changes what the model gives" in refused()
+
+    def test_a_result_that_is_wrong_for_the_same_text(self, monkeypatch):
+        right = one_image.guided_by
+        monkeypatch.setattr(one_image, "guided_by", lambda one, other, *rest: right(one, other * 0.7, *rest))
+        assert "a negative text that is the text itself changes what the model gives" in refused()
+
+    def test_attentions_that_read_nothing_of_the_text(self):
+        model = copy.deepcopy(shared(SD3))
+        torch.nn.init.zeros_(model.context_embedder.weight)
+        assert "the guided attentions read the same of any text (encoder_hidden_states)" in refused(model)
+
+    def test_a_last_layer_of_zeros(self):
+        model = copy.deepcopy(shared(SD3))
+        torch.nn.init.zeros_(model.proj_out.weight)
+        torch.nn.init.zeros_(model.proj_out.bias)
+        transformed(model)
+
+
+def test_what_is_not_tried_is_reported(monkeypatch):
+    monkeypatch.setitem(self_checks._DEAREST, "cpu", 1.0)
+    assert any("not tried beforehand: the example is large" in site.note for site in sloth_fx.report(transformed()))
+    empty = copy.deepcopy(shared(SD3)).to("meta")
+    assert any("not tried beforehand: there is no data" in site.note for site in sloth_fx.report(transformed(empty)))
+
+
+def test_after_a_failed_first_call_the_next_one_is_right(monkeypatch):
+    call = MODELS[SD3].inputs()
+    patched = sloth_fx.transform(shared(SD3), NAG(), example_inputs="first call")
+    context = sloth_fx.context(patched)
+    context.set_negative(encoder_hidden_states=call["encoder_hidden_states"].flip(0))
+    right = one_image.guided_by
+    with monkeypatch.context() as wrong:
+        wrong.setattr(one_image, "guided_by", lambda positive, *others: right(positive, *others) * 1.1)
+        with pytest.raises(SlothError, match="with alpha=0"):
+            run(patched, call)
+    found = run(patched, call)
+    other = transformed()
+    sloth_fx.context(other).set_negative(encoder_hidden_states=call["encoder_hidden_states"].flip(0))
+    assert all(map(torch.equal, found, run(other, call)))
