@@ -24,7 +24,7 @@ help: ## this list
 	@echo '  ARGS="..." is passed on (make test ARGS="tests/test_spec.py -x"), PYTHON=python3.12 chooses the Python for'
 	@echo '  .venv, and PIP_ARGS="..." is for pip.'
 
-demo: $(READY) ## the UNet of Stable Diffusion 1.5, before and after, with pictures in out/
+demo: $(READY) ## images of the lab's pipelines without and with each operator, as pictures in out/ (2 minutes)
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY) ## run the tests
@@ -39,7 +39,7 @@ format: $(READY) ## let ruff tidy the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(READY) ## run the benchmarks, which write docs/benchmarks.md (20 minutes on a CPU)
+bench: $(READY) ## run the benchmarks, which write docs/benchmarks.md (half an hour on a CPU)
 	@$(RUN) benchmarks/run_all.py $(ARGS)
 
 examples: $(READY) ## run the examples on tiny models

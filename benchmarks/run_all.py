@@ -28,6 +28,7 @@ CPU = {
     "reduction": ["--seconds", "200"],
     "near_sighted": ["--seconds", "120"],
     "guidance": ["--seconds", "60"],
+    "step_by_step": [],
     "peers": ["--models", "sd15", "--sizes", "512", "--runs", "5", "--seconds", "150"],
 }
 GPU = {
@@ -37,6 +38,7 @@ GPU = {
     "reduction": ["--compile", "blocks", "--runs", "15"],
     "near_sighted": ["--compile", "blocks", "--runs", "15"],
     "guidance": ["--compile", "blocks", "--runs", "15"],
+    "step_by_step": ["--compile", "blocks", "--runs", "15"],
     "peers": ["--compile", "--runs", "15"],
 }
 

@@ -1,137 +1,145 @@
-"""The UNet of Stable Diffusion 1.5 at 512x512, as it is and with Slothful Attention: times, savings, two pictures.
+"""What each operator does to the images of the lab's pipelines: a labelled picture of each pipeline, in out/.
 
-Its weights are random, so it paints noise; times and savings are those of the real one. Pictures go to ``out/``.
+    python examples/demo.py                                  # lab-unet and lab-dit
+    python examples/demo.py --pipelines lab-unet-student     # 4 steps, without guidance
+
+The images of a column start from the same noise. The lab's judge says which of them show what their prompt asks for.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import sys
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import diffusers
 import torch
-import unets
-from diffusers import EulerDiscreteScheduler
-from pictures import Tile, keys_over_steps, tile_view
-from tqdm import tqdm
+import transformers
+from pictures import Row, sheet
+from PIL import Image
 
 import sloth_fx
-from sloth_fx.site import AttentionSite
+from sloth_fx import cost
+from sloth_fx.cli.judge import Judge
+from sloth_fx.spec import Spec
 
-PICTURE_STEPS = 30
-
-
-def run(unet: torch.nn.Module, patched: torch.nn.Module, steps: int) -> None:
-    """A sampling loop with both, side by side, and a table of it."""
-    given = unets.inputs(unet)
-    noise = given.pop("sample")
-    runs = {"unpatched": Run(unet, noise, steps), "patched": Run(patched, noise, steps)}
-    context = sloth_fx.context(patched)
-    rows = []
-    with tqdm(total=steps * len(runs), desc="sampling", unit="call") as bar:
-        for each in runs.values():  # neither pays for a first call
-            bar.set_postfix_str("warming up")
-            each.model(noise, 999, **given)
-        bar.unpause()
-        for i in range(steps):
-            context.step(i, steps)
-            seconds = []
-            for name, each in runs.items():
-                bar.set_postfix_str(f"step {i + 1}, {name}")
-                seconds.append(each.step(i, given))
-                bar.update()
-            rows.append((i + 1, *seconds, *savings(patched)))
-    total = [sum(row[k] for row in rows) for k in (1, 2)] + [sum(row[k] for row in rows) / steps for k in (3, 4)]
-    print("\n step  unpatched    patched  time saved  keys saved  attention saved")
-    for name, before, after, kept, work in (*rows, ("all", *total)):
-        print(f"{name:>5} {before:>8.2f} s {after:>8.2f} s {1 - after / before:>11.0%}", end="")
-        print(f" {1 - kept:>11.0%} {1 - work:>16.0%}")
-    print("Keys and attention (pairs of a query and a key) are those of self-attention.")
-
-
-class Run:
-    """One sampling run, step by step."""
-
-    def __init__(self, model: torch.nn.Module, noise: torch.Tensor, steps: int) -> None:
-        self.model = model
-        self.scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        self.scheduler.set_timesteps(steps)
-        self.latent = noise * self.scheduler.init_noise_sigma
-
-    def step(self, i: int, given: dict[str, torch.Tensor]) -> float:
-        """Do step ``i``; the seconds that the model took for it."""
-        timestep = self.scheduler.timesteps[i]
-        latent = self.scheduler.scale_model_input(self.latent, timestep)
-        start = time.perf_counter()
-        noise = self.model(latent, timestep, **given).sample
-        seconds = time.perf_counter() - start
-        self.latent = self.scheduler.step(noise, timestep, self.latent).prev_sample
-        return seconds
+LAB, INDEX = Path(__file__).parent / "lab", "model_index.json"
+SETTINGS = {"lab-unet": (20, 4.0), "lab-dit": (20, 4.0), "lab-unet-student": (4, 1.0), "lab-dit-student": (4, 1.0)}
+PROMPTS = (
+    "a large filled red circle on the left and a large filled blue square on the right on a white background",
+    "a large filled yellow triangle at the top and a large outlined purple circle at the bottom on a black background",
+    "a large filled cyan cross in the middle on a checkered brown background",
+    "a small filled green square on the left and a large outlined red triangle on the right on a grey background",
+    "a large outlined blue circle in the middle on a striped white background",
+    "a small filled purple cross at the top and a small yellow square at the bottom on a dotted black background",
+    "a large outlined green cross on the left and a small filled cyan circle on the right on a brown background",
+    "a large filled red triangle in the middle on a striped grey background",
+)
+FOOTER = (
+    "All images of a column start from the same noise. Time: of the whole run, over that of the unpatched one, each "
+    "measured once. Pairs left: of a query and a key, in all attention of the run. Marks: whether the lab's judge sees "
+    "what the prompt says, and nothing else."
+)
+OPERATORS: dict[str, Spec | None] = {  # for 16 x 16 tokens; the words go below the name
+    "the pipeline as it is": None,
+    "rate 6, and 4 in output blocks: keys are pooled": sloth_fx.SlothfulAttention(),
+    "tile_size 8: tiles of 8 x 8 tokens, and samples of the rest": sloth_fx.NearSightedTile(tile_size=8),
+    "tile_size 8, rate 6 and 4: both at once": sloth_fx.NearSightedAttention(base_tile_size=8, peak_tile_size=8),
+    "factors 2: every second row and column of keys": sloth_fx.TokenDownsample(factors=(2,)),
+    "tile_size 64: tiles of 8 x 8 tokens": sloth_fx.HyperTile(tile_size=64, swap_size=1),
+    "ratio 0.5: half of the tokens are merged": sloth_fx.TokenMerging(ratio=0.5),
+}
 
 
-def savings(patched: torch.nn.Module) -> tuple[float, float]:
-    """Of all self-attention now: the share of the keys that is left, and of the pairs of a query and a key."""
-    sites, now = self_attention(patched), layouts(patched)
-    keys = sum(now[s.name].kv_tokens() if s.name in now else s.q_tokens for s in sites)
-    pairs = sum((now[s.name].pairs() if s.name in now else s.q_tokens**2) * s.heads * s.head_dim for s in sites)
-    return keys / sum(s.q_tokens for s in sites), pairs / sum(s.q_tokens**2 * s.heads * s.head_dim for s in sites)
+@dataclass(frozen=True)
+class Painter:
+    """A pipeline, and what it paints."""
+
+    pipe: Any
+    prompts: tuple[str, ...]
+    steps: int
+    guidance: float
+
+    def paint(self, spec: Spec | None) -> tuple[list[Image.Image], float]:
+        """An image for each prompt, from the same noise every time, and the seconds it took."""
+        options: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+        if "max_sequence_length" in inspect.signature(self.pipe.__call__).parameters:
+            options["max_sequence_length"] = 48  # of the lab's T5, which says nothing: 256 would be no different
+        noise = [torch.Generator().manual_seed(seed) for seed in range(len(self.prompts))]
+        with sloth_fx.attach(self.pipe, spec) if spec else nullcontext():
+            began = time.perf_counter()
+            images = self.pipe(list(self.prompts), generator=noise, **options).images
+            return images, time.perf_counter() - began
+
+    def pairs_left(self, spec: Spec) -> float:
+        """The share of the pairs of query and key that is left, over all attention of the run."""
+        denoiser = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        size = denoiser.config.sample_size
+        text = self.pipe.tokenizer.model_max_length + (48 if hasattr(self.pipe, "tokenizer_3") else 0)
+        return cost.estimate(denoiser, spec, (size, size), steps=self.steps, text=text).flops_left
 
 
-def self_attention(patched: torch.nn.Module) -> list[AttentionSite]:
-    return [each for each in sloth_fx.report(patched) if each.kind == "self"]
-
-
-def layouts(patched: torch.nn.Module) -> dict[str, sloth_fx.operators.KeyLayout]:
-    """What each patched site keeps now, by its name."""
-    names = [each.name for each in sloth_fx.report(patched) if each.operators]
-    return dict(zip(names, sloth_fx.context(patched).layouts(), strict=True))
-
-
-def draw_keys(patched: torch.nn.Module, path: Path) -> None:
-    sites, context = self_attention(patched), sloth_fx.context(patched)
-    kept, work = np.ones((len(sites), PICTURE_STEPS)), np.ones(PICTURE_STEPS)
-    for step in range(PICTURE_STEPS):
-        context.step(step, PICTURE_STEPS)
-        now = layouts(patched)
-        work[step] = savings(patched)[1]
-        for row, site in enumerate(sites):
-            if site.name in now:
-                kept[row, step] = now[site.name].kv_tokens() / now[site.name].tokens
-    keys_over_steps(path, sites, kept, work)
-
-
-def draw_tile(unet: torch.nn.Module, path: Path, *, tiny: bool) -> None:
-    sizes = {"base_tile_size": 12, "peak_tile_size": 16} if tiny else {}
-    patched = sloth_fx.transform(unet, sloth_fx.NearSightedAttention(**sizes))
-    context, panels = sloth_fx.context(patched), []
-    for title, progress in (("at the start of sampling", 0.0), ("at the peak, 40% of the run", 0.4)):
-        context.at(progress)
-        panels.append(Tile(title, context.layouts()[0]))
-    tile_view(path, self_attention(patched)[0], panels)
+def rows_of(painter: Painter, judge: Judge | None, name: str) -> list[Row]:
+    """A row for each operator."""
+    rows, first = [], 0.0
+    painter.pipe.set_progress_bar_config(desc=f"{name}, warming up", leave=False)
+    replace(painter, steps=1).paint(None)  # the first run of all takes longer than any other
+    for words, spec in OPERATORS.items():
+        title = type(spec).__name__ if spec else "unpatched"
+        painter.pipe.set_progress_bar_config(desc=f"{name}, {len(rows) + 1} of {len(OPERATORS)}: {title}", leave=False)
+        images, seconds = painter.paint(spec)
+        first = first or seconds
+        left = painter.pairs_left(spec) if spec else 1.0
+        marks = judge.right(images, painter.prompts).tolist() if judge else None
+        numbers = [("time", f"{seconds / first:.2f}x"), ("pairs left", f"{left:.0%}")]
+        numbers += [("right", f"{sum(marks)} of {len(marks)}")] if marks is not None else []
+        rows.append(Row(title, words, numbers, images, marks))
+    return rows
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a tiny UNet: seconds on a CPU")
-    parser.add_argument("--steps", type=int, default=8, help="of the sampling loop")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lab", type=Path, default=LAB, metavar="FOLDER", help="holds the pipelines and the judge")
+    parser.add_argument("--pipelines", nargs="+", choices=tuple(SETTINGS), help="default: the teachers that are there")
+    parser.add_argument("--steps", type=int, help="of the sampling run: 20, and 4 for students")
+    parser.add_argument("--tiny", action="store_true", help="2 steps and 2 prompts, to try it out")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     options = parser.parse_args()
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
-    print("Building the UNet of Stable Diffusion 1.5, with random weights ...", flush=True)
-    unet = unets.sd15(tiny=options.tiny)
-    print("Rewriting its attention ...", flush=True)
-    patched = sloth_fx.transform(unet, sloth_fx.SlothfulAttention())
-    print(f"\n{sloth_fx.report(patched)}\n")
-
+    if options.pipelines is None:
+        teachers = [name for name in ("lab-unet", "lab-dit") if (options.lab / name / INDEX).is_file()]
+        options.pipelines = teachers or ["lab-unet"]
+    there = [name for name in options.pipelines if (options.lab / name / INDEX).is_file()]
+    judged = (options.lab / "judge" / "config.json").is_file()
+    missing = [name for name in options.pipelines if name not in there] + ["judge"] * (not judged)
+    for name in missing:
+        trainer = f"examples/lab/train.py {name.removeprefix('lab-')}"
+        print(f"{name} is not in {options.lab}: {trainer} trains it", file=sys.stderr)
+    if not there:
+        sys.exit("There is no pipeline to show; examples/lab/train.py --help says how to train them.")
     options.out.mkdir(parents=True, exist_ok=True)
-    keys, tile = options.out / "keys_over_steps.png", options.out / "near_sighted_tile.png"
-    draw_keys(patched, keys)
-    draw_tile(unet, tile, tiny=options.tiny)
-    run(unet, patched, options.steps)
-    print(f"\nPictures:\n  {keys}  how many keys each layer looks at, over {PICTURE_STEPS} steps")
-    print(f"  {tile}  where the queries of one tile look")
+    prompts, judge = PROMPTS[: 2 if options.tiny else None], Judge(options.lab / "judge") if judged else None
+    for name in there:
+        steps, guidance = SETTINGS[name]
+        steps = options.steps or (2 if options.tiny else steps)
+        painter = Painter(diffusers.DiffusionPipeline.from_pretrained(options.lab / name), prompts, steps, guidance)
+        rows = rows_of(painter, judge, name)
+        about = f"{name}, a {type(painter.pipe).__name__}: {steps} steps, guidance {guidance:g}"
+        path = options.out / f"{name}.png"
+        sheet("What each operator does to the images", about, prompts, rows, [FOOTER]).save(path)
+        print(f"\n{about}")
+        for row in rows:
+            print(f"  {row.name:<20}", *(f"  {what} {value:>6}" for what, value in row.numbers))
+        print(f"  picture: {path}\n", flush=True)
 
 
 if __name__ == "__main__":

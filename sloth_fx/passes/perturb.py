@@ -37,9 +37,9 @@ class PerturbedAttention(nn.Module):
     """The host's attention, and what ``spec`` makes of it where the model is asked once more.
 
     Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H, and the host's mask.
-    ``query_place`` and ``key_place`` tell where the image lies in sequences with others. With ``shares`` one call of the
-    model serves both branches. While it ``spoils``, plain tensors are those of the perturbed call, which then is a call
-    of its own. ``site`` is named in errors.
+    ``query_place`` and ``key_place`` tell where the image lies in sequences with others. With ``shares`` one call of
+    the model serves both branches. While it ``spoils``, plain tensors are those of the perturbed call, which then is a
+    call of its own. ``site`` is named in errors.
     """
 
     def __init__(
