@@ -12,7 +12,7 @@ from sloth_fx.checks import between, require
 from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.integrations.follow import Follower
 from sloth_fx.integrations.handle import Handle
-from sloth_fx.integrations.negative_prompt import PromptEncoder
+from sloth_fx.integrations.negative_prompt import PromptEncoder, checked
 from sloth_fx.integrations.offload import offload_paused
 from sloth_fx.patch import is_patched
 from sloth_fx.perturbation_specs import PerturbationSpec
@@ -74,7 +74,7 @@ def attach(
                 follower = Follower(pipe, patched, encoder, steers=steers, guidance_scale=guidance_scale)
                 undo.callback(follower.stop)
                 setattr(pipe, name, patched)
-        return Handle(pipe, denoisers, models, undo.pop_all())
+        return Handle(pipe, denoisers, models, undo.pop_all(), encoder)
 
 
 def _check_negative(prompt: Any, spec: Any) -> None:
@@ -82,9 +82,7 @@ def _check_negative(prompt: Any, spec: Any) -> None:
         return
     if not _holds(spec, NAG):
         raise SlothError("negative_prompt is for NAG, which the spec does not hold; the pipeline's own is for guidance")
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-        raise SlothError(f"negative_prompt={prompt!r:.80}: a string, or a list with one for each prompt")
+    checked(prompt)
 
 
 def _check_scale(scale: Any, spec: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import SlothError
+from sloth_fx.integrations.negative_prompt import PromptEncoder
 from sloth_fx.integrations.offload import offload_paused, offloads
 from sloth_fx.patch import patch_of
 from sloth_fx.report import Report
@@ -25,13 +26,19 @@ class Handle:
     """
 
     def __init__(
-        self, pipe: Any, originals: Mapping[str, nn.Module], models: Mapping[str, nn.Module], undo: ExitStack
+        self,
+        pipe: Any,
+        originals: Mapping[str, nn.Module],
+        models: Mapping[str, nn.Module],
+        undo: ExitStack,
+        encoder: PromptEncoder | None,
     ) -> None:
         self._pipe: Any = pipe
         self._name = type(pipe).__name__
         self._originals = dict(originals)
         self._models = dict(models)
         self._undo = undo
+        self._encoder = encoder
 
     @property
     def models(self) -> Mapping[str, nn.Module]:
@@ -55,6 +62,21 @@ class Handle:
         """The timestep context of :attr:`model`. It follows the scheduler unless you drive it; after that, until
         you call its ``auto()``."""
         return patch_of(self.model).context
+
+    @property
+    def negative_prompt(self) -> tuple[str, ...]:
+        """The negative prompt of NAG: one for all images, or one for each. Empty if attached without one.
+
+        Another one can be set, a string or a list, and serves from the next run on. Raises :class:`SlothError` for what
+        is no text, and where the pipeline was attached without one.
+        """
+        return self._encoder.prompts if self._encoder is not None else ()
+
+    @negative_prompt.setter
+    def negative_prompt(self, prompt: str | Sequence[str]) -> None:
+        if self._encoder is None or not self._encoder.negates:
+            raise SlothError(f"this {self._name} was attached without negative_prompt: attach it with one")
+        self._encoder.prompts = prompt
 
     def detach(self) -> None:
         """Give the pipeline its own denoisers back. Harmless when that has been done.

@@ -35,7 +35,7 @@ class PromptEncoder:
                 "set_negative of the handle's context"
             )
         self._pipe = weakref.ref(pipe)
-        self._prompts = [prompt] if isinstance(prompt, str) else prompt if prompt is None else list(prompt)
+        self._prompts = None if prompt is None else checked(prompt)
         self._encoded: list[_Encoded] = []
         self._used = False
         self.runs = 0
@@ -47,6 +47,15 @@ class PromptEncoder:
     def negates(self) -> bool:
         """Whether there is a negative prompt."""
         return self._prompts is not None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The negative prompt: one for all images, or one for each."""
+        return tuple(self._prompts or ())
+
+    @prompts.setter
+    def prompts(self, prompt: str | Sequence[str]) -> None:
+        self._prompts = checked(prompt)
 
     def stop(self) -> None:
         """Give the pipeline its own ``encode_prompt`` back."""
@@ -118,6 +127,14 @@ class PromptEncoder:
             if group == place and each.negative is not None:
                 found.setdefault(label, each.negative)
         return found, place
+
+
+def checked(prompt: Any) -> list[str]:
+    """A negative prompt as a list. Raises :class:`SlothError` for what is none."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise SlothError(f"negative_prompt={prompt!r:.80}: a string, or a list with one for each prompt")
+    return list(texts)
 
 
 class _Encoded(NamedTuple):

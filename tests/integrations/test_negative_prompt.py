@@ -201,3 +201,34 @@ def test_a_pipeline_that_calls_its_model_once_for_each_text():
             model.blocks[0].register_forward_pre_hook(lambda _, args, context=context: calls.append(context.rows))
         assert not torch.allclose(painted(), plain, atol=1e-2)
     assert calls == [("cond",), ("uncond",)] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_run_may_have_another_negative_prompt(encoders, kind):
+    pipe = KINDS[kind](encoders)
+    others = ["a green cross", "an outlined triangle at the top"]
+    with sloth_fx.attach(pipe, GUIDED, negative_prompt=others) as handle:
+        expected = run(pipe)
+    with sloth_fx.attach(pipe, GUIDED, negative_prompt="a white background") as handle:
+        assert handle.negative_prompt == ("a white background",)
+        first = run(pipe)
+        handle.negative_prompt = others
+        assert handle.negative_prompt == tuple(others)
+        second = run(pipe)
+        for wrong in (None, [], 3, ["a", None]):
+            with pytest.raises(SlothError, match="negative_prompt="):
+                handle.negative_prompt = wrong
+        assert handle.negative_prompt == tuple(others)
+        handle.negative_prompt = "a white background"
+        assert torch.equal(run(pipe), first)
+    assert torch.equal(second, expected)
+    assert not torch.equal(first, second)
+
+
+def test_a_pipeline_attached_without_a_negative_prompt_takes_none(encoders):
+    pipe = stable_diffusion(encoders)
+    for spec in (GUIDED, sloth_fx.PAG()):
+        with sloth_fx.attach(pipe, spec) as handle:
+            assert handle.negative_prompt == ()
+            with pytest.raises(SlothError, match="attached without negative_prompt"):
+                handle.negative_prompt = "a cross"
