@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sloth_fx.branching import Pair, TwoLengths, positive_of, run_apart, take_lengths
+from sloth_fx.branching import Pair, TwoLengths, UnwritableError, positive_of, run_apart, take_lengths
 from sloth_fx.capture.call import substitute
 from sloth_fx.capture.capture import Call
 from sloth_fx.capture.skeleton import Rehearsal, Skeleton
@@ -231,7 +231,7 @@ def _why_not(trial: Skeleton | Rehearsal, call: Call) -> tuple[str | None, bool]
             apart = _innermost(trial.model, cause) if branches.reads else None
             if apart is None or apart in branches.apart:
                 reason = str(cause).strip().splitlines()
-                for_want = not branches.reads and not isinstance(cause, TypeError)
+                for_want = not branches.reads and not isinstance(cause, (TypeError, UnwritableError))
                 return f"{type(cause).__name__}: {reason[0] if reason else 'no message'}", for_want
             branches.apart.append(apart)
             run_apart(trial.model.get_submodule(apart))

@@ -1,6 +1,6 @@
 """What must hold of any guidance, tried on the model's own weights: a model that is guided wrongly says so at once.
 
-A negative text that is the text itself, or a share of 0, gives what the model gives without guidance; and of another
+One call that serves both branches of a perturbed model gives what two calls give. A negative text that is the text itself, or a share of 0, gives what the model gives without guidance; and of another
 text the guided attentions read something else.
 """
 
@@ -23,6 +23,7 @@ from sloth_fx.guidance_specs import NAG
 from sloth_fx.negative import Negative
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.one_image import GuidedResult
+from sloth_fx.perturbed import Perturbed, share
 
 _PLAIN = NAG(scale=2.0, tau=math.inf, alpha=1.0)  # any wrong number shows, and rounding is not blown up
 _NOTHING = NAG(scale=2.0, tau=math.inf, alpha=0.0)
@@ -60,6 +61,34 @@ def check_guidance(model: nn.Module, call: Call) -> None:
         _check(trial.model, (args, kwargs))
 
 
+def shared_otherwise(model: nn.Module, call: Call) -> str | None:
+    """What is wrong with one ``call`` of a ``model``, patched and perturbed, for both branches: it has to give what two
+    calls give. It takes two to three times as long as the call; neither the model nor a random state changes."""
+    results = [_perturbed(model, call, shares=shares) for shares in (True, False)]
+    if any(not each.isfinite().all() for each in results[1]) or _near(*results):
+        return None
+    return "one for both gives something else"
+
+
+def _perturbed(model: nn.Module, call: Call, *, shares: bool) -> list[Tensor]:
+    trial = Rehearsal(model)
+    trial.model.eval()
+    if shares:
+        share(trial.model)
+    perturbed = next(module for module in trial.model.modules() if isinstance(module, Perturbed))
+    perturbed.scale = torch.ones((), dtype=torch.float64)
+    _set_layouts(trial.model, perturbed=True)
+    device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    args, kwargs = substitute(call, lambda each: each.detach().to(device, copy=True))
+    if len(perturbed.latent_of(args, kwargs)) % 2 == 0:
+        for module in trial.model.modules():
+            if hasattr(module, "rows") and isinstance(getattr(module, "layout", None), KeyLayout):
+                module.__dict__["rows"] = (False, True)
+        perturbed.halves = 2
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), trial.running():
+        return _floats(trial.model(*args, **kwargs))
+
+
 def _check(model: nn.Module, call: Call) -> None:
     branches = model._modules[NAME]
     assert isinstance(branches, Branches)
@@ -68,7 +97,7 @@ def _check(model: nn.Module, call: Call) -> None:
     own = {name: each for name, each in given.items() if id(each) in text}
     hidden = any(not each.is_floating_point() and not each.any() for each in given.values())
 
-    _set_guided(model, False)
+    _set_layouts(model, guided=False)
     try:
         base = _floats(model(*call[0], **call[1]))
     except Exception:
@@ -76,7 +105,7 @@ def _check(model: nn.Module, call: Call) -> None:
     if not all(each.isfinite().all() for each in base):
         return  # weights that are not loaded yet
 
-    _set_guided(model, True)
+    _set_layouts(model, guided=True)
     found, reads = _guided(model, call, {name: _other(each) for name, each in own.items()}, _NOTHING)
     name = type(model).__name__
     if not _near(found, base):
@@ -125,11 +154,11 @@ def _guided(model: nn.Module, call: Call, text: dict[str, Tensor], spec: NAG) ->
     return found, any(seen)
 
 
-def _set_guided(model: nn.Module, guided: bool) -> None:
+def _set_layouts(model: nn.Module, **changes: bool) -> None:
     for module in model.modules():
         layout = getattr(module, "layout", None)
         if isinstance(layout, KeyLayout):
-            module.__dict__["layout"] = layout._replace(guided=guided)
+            module.__dict__["layout"] = layout._replace(**changes)
 
 
 def _other(text: Tensor) -> Tensor:

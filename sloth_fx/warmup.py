@@ -31,7 +31,7 @@ def warmup(patched: nn.Module, inputs: Any, *, steps: int | None = None, progres
         patched(*args, **kwargs)
         moments = context.moments(steps)
         for moment in _bar(moments) if progress else moments:
-            context.at(moment.progress, moment.sigma)
+            context.at(*moment)
             patched(*args, **kwargs)
     return len(moments)
 

@@ -12,6 +12,7 @@ import sloth_fx
 from sloth_fx import (
     NAG,
     PAG,
+    SAG,
     SEG,
     SLG,
     TPG,
@@ -22,6 +23,9 @@ from sloth_fx import (
     TokenDownsample,
     TokenMerging,
 )
+from sloth_fx import self_checks
+from sloth_fx.branching.rows import ROW_RULES
+from sloth_fx.capture.objects import HandedOn
 from tests import foreign, models
 from tests.perturbed_by_hand import attend, itself, operations, rows_of, two_calls
 from tests.test_perturbed import BATCH, COND, ROWS, SCALE, dit, dit_inputs, guided, patched, run, unet_inputs
@@ -215,7 +219,170 @@ def test_masked_joint_attention():
         torch.testing.assert_close(run(found, call), guided(*expected))
 
 
-def test_a_function_that_gives_something_else(unet):
-    found, _ = patched(unet, Perturb(lambda q, k, v: v[:, :, :-1], scale=SCALE), unet_inputs(unet, 2))
-    with pytest.raises(SlothError, match=r"attn1: Perturb gives \(2, 2, 5, 16\) for queries \(2, 2, 6, 16\)"):
-        run(found, unet_inputs(unet))
+class Writing(torch.nn.Module):
+    """A host that writes its residuals: under both names of them, or into a part that it still reads as a whole."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.embed, self.out = torch.nn.Conv2d(4, 12, 1), torch.nn.Conv2d(12, 4, 1)
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(12, 36) for _ in range(2))
+
+    def forward(self, latent, timestep):
+        x = self.embed(latent).flatten(2).mT.contiguous()
+        for layer in self.qkv:
+            q, k, v = (each.unflatten(2, (2, 6)).transpose(1, 2) for each in layer(x).chunk(3, -1))
+            read = F.scaled_dot_product_attention(2 * q, k, v).transpose(1, 2).flatten(2)
+            if self.way == "names":
+                r = x
+                x += read
+                x = x + r
+            else:
+                part, _ = x.chunk(2, dim=-1)
+                part += read[..., :6]
+        return self.out(x.mT.unflatten(2, latent.shape[2:]))
+
+
+def writing_call(batch=BATCH):
+    random = torch.Generator().manual_seed(2)
+    return {"latent": torch.randn(batch, 4, 5, 7, generator=random).double(), "timestep": torch.tensor(500.0)}
+
+
+@pytest.mark.parametrize("way", ["names", "part"])
+def test_hosts_that_write_in_place(way):
+    torch.manual_seed(0)
+    model, call = Writing(way).double().eval(), writing_call()
+    found, _ = patched(model, PAG(scale=SCALE, where=lambda site: site.path == ""), writing_call(2))
+    note = sloth_fx.report(found).sites[0].note
+    assert ("computed once" if way == "names" else "a call of its own: ") in note
+    expected = two_calls(model, call, (0, 1), itself, batch=BATCH, rows=COND, run=run)
+    with torch.no_grad():
+        result = run(found, call)
+    torch.testing.assert_close(result, guided(*expected))
+    assert (result - expected[0]).abs().max() > 0.01
+
+
+def test_what_is_wrong_where_it_is_shared_is_found_beforehand(monkeypatch):
+    """The sharing goes by rules about torch's functions; a wrong one is seen on the model's own weights."""
+    monkeypatch.setitem(ROW_RULES, "gelu", lambda function, args, kwargs: args[0].with_tensor(args[0].tensor.relu()))
+    model, call = dit(), dit_inputs()
+    found, _ = patched(model, PAG(scale=SCALE), dit_inputs(2))
+    assert "a call of its own: one for both gives something else" in sloth_fx.report(found).sites[2].note
+    expected = two_calls(model, call, (2,), itself, batch=BATCH, rows=COND, run=run)
+    with torch.no_grad():
+        torch.testing.assert_close(run(found, call), guided(*expected))
+
+
+def test_what_is_not_tried_beforehand_is_reported(monkeypatch):
+    monkeypatch.setitem(self_checks._DEAREST, "cpu", 1.0)
+    found, _ = patched(dit(), PAG(scale=SCALE), dit_inputs(2))
+    assert "computed once, not tried beforehand: the example is large" in sloth_fx.report(found).sites[2].note
+
+
+@pytest.mark.parametrize("rows", [("uncond", "cond"), ("cond",)])
+def test_rescaled_guidance_that_comes_after(rows):
+    """One call with both texts, or one for each: the same comes out of classifier-free guidance."""
+    model, call = dit(), dit_inputs()
+    found, context = patched(model, PAG(scale=SCALE, rescale=0.7), dit_inputs(2), rows)
+    with torch.no_grad():
+        whole, _ = patched(model, PAG(scale=SCALE, rescale=0.7), dit_inputs(2))
+        u, c = run(whole, call).chunk(2)
+        expected = u + 5 * (c - u)
+        if rows == ("cond",):
+            plain = run(model, call)[:2]
+            context.guidance_scale = 5.0
+            own = run(found, rows_of(call, BATCH, COND))
+            torch.testing.assert_close(plain + 5 * (own - plain), expected)
+
+
+def test_a_call_that_cannot_be_shared_after_all():
+    """The example was of another kind: that is said, with what would work."""
+
+    class Turning(Writing):
+        def forward(self, latent, timestep, turned=False):
+            return super().forward(latent.flip(0) if turned else latent, timestep)
+
+    found, _ = patched(Turning("names").double(), PAG(scale=SCALE, where=None), writing_call(2))
+    with pytest.raises(SlothError, match=r"Turning with PAG: this call, with a latent \(4, 4, 5, 7\), cannot serve both"):
+        found(**writing_call(), turned=True)
+
+
+def test_what_cannot_be_perturbed_is_said_at_once(unet):
+    wrong = Perturb(lambda q, k, v: v[:, :, :-1], scale=SCALE)
+    with pytest.raises(SlothError, match=r"attn1: Perturb gives \(2, 2, \d+, 16\) for queries"):
+        patched(unet, wrong, unet_inputs(unet, 2))
+
+    class Pooled(Writing):
+        def forward(self, latent, timestep):
+            x = self.embed(latent)
+            q, k, v = self.qkv[0](x.flatten(2).mT)[:, None].chunk(3, -1)
+            k, v = k[:, :, ::2], v[:, :, ::2]
+            return self.out(F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, latent.shape[2:]))
+
+    with pytest.raises(SlothError, match="35 queries meet 18 keys"):
+        patched(Pooled("").double(), PAG(where=None), writing_call(2))
+
+
+class Controlled(torch.nn.Module):
+    """As in ComfyUI: it takes controls out of the lists that it is given, and options go by the groups of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = Writing("names")
+
+    def forward(self, latent, timestep, control=None, options=None):
+        if control is not None and control["middle"]:
+            latent = latent + control["middle"].pop()
+        if options:
+            factors = torch.tensor(options["factors"]).to(latent).repeat_interleave(len(latent) // len(options["factors"]))
+            latent = latent * factors.view(-1, 1, 1, 1)
+        return self.inner(latent, timestep)
+
+
+@pytest.mark.parametrize("spec", [PAG(scale=SCALE, where=None), SAG(scale=SCALE, where=None)], ids=["PAG", "SAG"])
+def test_a_call_of_its_own_is_given_all_that_the_first_was(spec):
+    plain, call = Controlled().double().eval(), writing_call()
+    more = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(4)).double()
+    found, context = patched(plain, spec, writing_call(2))
+    call_of_its_own(found)
+    context.at(0.3, sigma=1.0)
+    context.prediction = "epsilon"
+    seen = []
+    found.inner.embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    control = {"middle": [more]}
+    with torch.no_grad():
+        result = found(**call, control=control)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0], call["latent"] + more)
+    if isinstance(spec, PAG):
+        torch.testing.assert_close(seen[1], (call["latent"] + more)[COND])
+        same = found(**{**call, "latent": call["latent"] + more})
+        torch.testing.assert_close(result, same)
+    assert control["middle"] == []
+
+
+@pytest.mark.parametrize("says", [False, True])
+@pytest.mark.parametrize("spec", [PAG(scale=SCALE, where=None), SAG(scale=SCALE, where=None)], ids=["PAG", "SAG"])
+def test_options_that_go_by_groups(spec, says):
+    """Rows are picked only where the options say what they are then."""
+    plain, call = Controlled().double().eval(), writing_call()
+    found, context = patched(plain, spec, writing_call(2))
+    call_of_its_own(found)
+    context.at(0.3, sigma=1.0)
+    context.prediction = "epsilon"
+    factors = torch.tensor([1.0, 1.0, 0.5, 0.5]).double().view(-1, 1, 1, 1)
+    options = HandedOn(factors=[1.0, 0.5])
+    if says:
+        options.of_groups = lambda groups: HandedOn(factors=[1.0] if groups[0] else [0.5])
+    counts = []
+    found.inner.embed.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    with torch.no_grad():
+        result = found(**call, options=options)
+        assert counts == ([4, 2] if says else [4, 4])
+        if isinstance(spec, PAG):
+            expected = found(**{**call, "latent": call["latent"] * factors})
+            torch.testing.assert_close(result, expected)
+        else:
+            options.of_groups = None if says else lambda groups: HandedOn(factors=[1.0])
+            torch.testing.assert_close(found(**call, options=options), result)

@@ -47,7 +47,7 @@ GUIDANCE = 4.0
 PLANS: dict[str, tuple[int, int, float]] = {
     "text": (2500, 64, 1e-3),
     "vae": (2000, 32, 1e-3),
-    "judge": (6000, 64, 5e-4),
+    "judge": (9000, 64, 5e-4),
     "unet": (6000, 64, 8e-4),
     "dit": (6000, 64, 6e-4),
     "unet-student": (2500, 32, 1e-4),

@@ -5,7 +5,7 @@ from sloth_fx.branching.attention import Read, attend_branches
 from sloth_fx.branching.lengths import Length
 from sloth_fx.branching.mode import TwoLengths, run_apart, take_lengths
 from sloth_fx.branching.rows import Rows, apart, by_rows, each_row, parted, picked_groups, rows_in
-from sloth_fx.branching.values import Branched, Pair, Tokens, positive_of, together
+from sloth_fx.branching.values import Branched, Pair, Tokens, UnwritableError, positive_of, together
 
 __all__ = [
     "Branched",
@@ -15,6 +15,7 @@ __all__ = [
     "Rows",
     "Tokens",
     "TwoLengths",
+    "UnwritableError",
     "apart",
     "attend_branches",
     "by_rows",

@@ -103,7 +103,8 @@ def _meet(function: Any, args: Any, kwargs: Any, *, inner: int = 0, exact: bool 
 
 def _elementwise(function: Any, args: Any, kwargs: Any) -> Any:
     found, first, parted = _meet(function, args, kwargs)
-    return Rows(found, first.groups, found.ndim + first.axis - first.ndim, parted)
+    axis = found.ndim + first.axis - first.ndim
+    return first.with_tensor(found, axis) if parted == first.parted else Rows(found, first.groups, axis, parted)
 
 
 def _batched(function: Any, args: Any, kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ def _einsum(function: Any, args: Any, kwargs: Any) -> Any:
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
     first = next(rows_in(operands))
-    letter = letters[operands.index(first)][first.axis]
+    letter = letters[next(index for index, each in enumerate(operands) if each is first)][first.axis]
     if not arrow or "." in equation or letter not in output:
         raise _wrong(f"einsum {equation!r}", first)
     parted = any(each.parted for each in rows_in(operands))

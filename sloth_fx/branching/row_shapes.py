@@ -53,6 +53,8 @@ def reshaped(rows: Rows, shape: Sequence[int]) -> Rows:
     if math.prod(shape) != total or not fits:
         raise _wrong(f"the shape {tuple(shape)}", rows)
     axis = next((index for index in fits if shape[index] == rows.count), fits[0])
+    if len(rows.groups) == 1:  # the whole batch is one after another along each that fits; one of one row may be folded
+        axis = fits[0]
     if rows.parted:
         shape[axis] = shape[axis] * (len(rows.groups) + sum(rows.groups)) // len(rows.groups)
     return rows.with_tensor(rows.tensor.reshape(shape), axis)
@@ -190,6 +192,7 @@ def _setitem(function: Any, args: Any, kwargs: Any) -> Any:
     indices, axis = _whole(rows, index)
     if any(isinstance(each, Tensor) for each in indices):
         raise _wrong("writing by numbers", rows)
+    rows.parted_for(value)
     part = rows.with_tensor(rows.tensor[tuple(indices)], axis)
     if isinstance(value, (Rows, Tensor)):
         Rows.applied(Method("copy_"), (part, value), {})

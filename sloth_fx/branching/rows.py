@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth_fx.branching.values import Branched, name_of
+from sloth_fx.branching.values import Branched, UnwritableError, name_of, writes
 
 Groups = tuple[bool, ...]
 """For each group of a batch, one after another, whether it is in the other branch as well."""
@@ -34,6 +34,7 @@ class Rows(Branched):
         self.groups = groups
         self.axis = axis
         self.parted = parted
+        self.has_views = False  # others look, or looked, at the same data
 
     @classmethod
     def applied(cls, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -41,16 +42,30 @@ class Rows(Branched):
         kwargs = dict(kwargs)
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
+        into = args[0] if writes(function) else None
+        if into is not None and not isinstance(into, Rows):
+            raise UnwritableError(f"{name_of(function)} writes rows of both branches into a plain tensor")
         rule = ROW_RULES.get(name_of(function))
         if rule is None or kwargs.get("out") is not None:
             raise TypeError(f"{name_of(function) or function!r} is not known to work on each row of a batch alone")
-        if not _writes(function):
-            return rule(function, args, kwargs)
-        target = args[0]
-        if not isinstance(target, Rows) or (not target.parted and any(each.parted for each in rows_in(args[1:]))):
-            raise TypeError(f"{name_of(function)} writes what differs between the branches into what does not")
-        rule(function, args, kwargs)
-        return target
+        if into is not None:
+            into.parted_for(args[1:])
+            rule(function, args, kwargs)
+            return into
+        found = rule(function, args, kwargs)
+        note_views((args, kwargs), found)
+        return found
+
+    def parted_for(self, written: Any) -> None:
+        """Part these rows if what is to be ``written`` into them differs between the branches.
+
+        Raises UnwritableError where others look at the same data, such as parts of it: they would not see it.
+        """
+        if self.parted or not any(each.parted for each in rows_in(written)):
+            return
+        if self.has_views:
+            raise UnwritableError("what differs between the branches is written into what was looked at in parts, or in another shape")
+        self.tensor, self.parted = self.stacked(), True
 
     @property
     def count(self) -> int:
@@ -86,7 +101,9 @@ class Rows(Branched):
         return self.tensor if self.parted else torch.cat([self.tensor, self.negative], self.axis)
 
     def with_tensor(self, tensor: Tensor, axis: int | None = None) -> Rows:
-        """What was computed of these rows."""
+        """What was computed of these rows: they themselves, if it is that."""
+        if tensor is self.tensor and axis in (None, self.axis):
+            return self
         return Rows(tensor, self.groups, self.axis if axis is None else axis, self.parted)
 
 
@@ -97,9 +114,22 @@ ROW_RULES: dict[str, RowRule] = {}
 does not hold."""
 
 
-def _writes(function: Callable[..., Any]) -> bool:
-    name = str(getattr(function, "__name__", ""))
-    return name.endswith("_") and not name.endswith("__")
+def note_views(given: Any, found: Any) -> None:
+    """Remember where rows that were ``found`` look at the data of those ``given``.
+
+    Not while a graph is made, where storages cannot be asked: what cannot be done was found out without one.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for new in rows_in(found):
+        for old in rows_in(given):
+            if new is not old and _storage(new) == _storage(old):
+                new.has_views = old.has_views = True
+
+
+def _storage(rows: Rows) -> int:
+    found: int = rows.tensor.untyped_storage()._cdata
+    return found
 
 
 def picked_groups(tensor: Tensor, groups: Groups, axis: int = 0) -> Tensor:
@@ -146,7 +176,9 @@ def by_rows(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return Rows(found, first.groups, parted=wide) if has else found
 
     total = first.stacked().shape[0] if wide else first.count
-    return as_rows(function(*map(bring, args), **bring(kwargs)))
+    results = as_rows(function(*map(bring, args), **bring(kwargs)))
+    note_views(given, results)
+    return results
 
 
 def each_row(forward: Callable[..., Any]) -> Callable[..., Any]:

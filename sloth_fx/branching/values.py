@@ -17,6 +17,13 @@ from torch import Tensor
 from sloth_fx.branching.lengths import Length, both, number
 
 
+class UnwritableError(RuntimeError):
+    """Something that differs between the branches would be written where it would be lost, or be seen by both.
+
+    It is no TypeError: for one, torch would compute ``tensor += value`` as ``tensor + value`` in silence.
+    """
+
+
 class Branched:
     """Stands for a tensor in each of two branches."""
 
@@ -100,6 +107,26 @@ for _name, _function in {
     "ror": torch.bitwise_or,
 }.items():
     setattr(Branched, f"__{_name}__", _operator(_function))
+
+
+def _in_place(method: str) -> Callable[..., Any]:
+    """``x += y`` is seen under all names that x has: a new value would be seen under one alone."""
+
+    def write(self: Branched, other: Any) -> Any:
+        return apply_method(method, self, other)
+
+    return write
+
+
+_IN_PLACE = {
+    **{f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul", "pow")},
+    "__itruediv__": "div_",
+    "__ifloordiv__": "floor_divide_",
+    "__imod__": "remainder_",
+    **{f"__i{name}__": f"bitwise_{name}_" for name in ("and", "or", "xor")},
+}
+for _name, _method in _IN_PLACE.items():
+    setattr(Branched, _name, _in_place(_method))
 
 
 class Pair(Branched):
@@ -186,11 +213,26 @@ def apply(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
     """``function`` of arguments of which some are branched: part by part where a rule says how, else branch by branch,
     which is always right."""
     _check_writes(function, args, kwargs)
+    if writes(function):
+        return _written(function, args, kwargs)
     rule = RULES.get(name_of(function))
     found = rule(function, args, dict(kwargs)) if rule is not None else NotImplemented
     if found is not NotImplemented:
         return found
     return paired(function(*of(args, 0), **of(kwargs, 0)), function(*of(args, 1), **of(kwargs, 1)))
+
+
+def _written(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    target = args[0]
+    if isinstance(target, Tokens):
+        found = apply(Method(name_of(function)), args, kwargs)
+        if not isinstance(found, Tokens) or found.axis != target.axis or found.sizes != target.sizes:
+            raise UnwritableError("what is written into a sequence of tokens is cut otherwise in each branch")
+        target.parts = [part.to(target.dtype) for part in found.parts]
+        return target
+    for branch in range(2):
+        function(*of(args, branch), **of(kwargs, branch))
+    return target
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -248,14 +290,19 @@ def paired(positive: Any, negative: Any) -> Any:
     return both(positive, negative)
 
 
-def _check_writes(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raises TypeError for what is written into where it would be lost, or be seen by both branches."""
+def writes(function: Any) -> bool:
+    """Whether a function writes into its first argument; other than by an index."""
     name = str(getattr(function, "__name__", ""))
-    if name == "__setitem__" and isinstance(args[0], Tokens):
-        return  # there is a rule, which raises as well
-    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    if kwargs.get("out") is not None or (writes and not isinstance(args[0], Pair)):
-        raise TypeError(f"{name} writes into what is the same in both branches, or into a sequence of tokens")
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _check_writes(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raises UnwritableError for what is written into where it would be lost, or be seen by both branches."""
+    name = str(getattr(function, "__name__", ""))
+    into = writes(function) or name == "__setitem__"
+    lost = kwargs.get("out") is not None
+    if lost or (into and not isinstance(args[0], (Pair, Tokens))):
+        raise UnwritableError(f"{name} writes into what is the same in both branches")
 
 
 def positive_of(value: Any) -> Any:

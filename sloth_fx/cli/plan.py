@@ -42,7 +42,8 @@ def plan(
 
     Counted is attention of all kinds: query times key, and weight times value.
 
-    It is that of one image and one call of the model per step; guidance makes two.
+    It is that of one image and one call of the model per step; classifier-free guidance makes two. What a spec asks the
+    model once more (PAG, SEG, TPG, SLG, SAG, Perturb) is in it.
 
     Projections, softmax and the pooling itself are not counted.
     """
@@ -110,12 +111,13 @@ def _show_sites(cost: RunCost, step: int) -> None:
 
 def _deed(site: SiteCost, step: int) -> str:
     layout = site.layouts[step]
+    twice = ", in two branches" if site.steps[step] != site.once[step] else ""
     if layout is None:
-        return f"- ({site.site.note})" if site.site.note else "-"
+        return (f"- ({site.site.note})" if site.site.note else "-") + twice
     words = ", ".join(_words(layout))
-    merged = site.before.queries - site.steps[step].queries
+    merged = site.before.queries - site.once[step].queries
     words = ", ".join(filter(None, [words, f"{merged} queries merged" if merged > 0 else ""]))
-    return f"{'+'.join(site.site.operators)}: {words or 'nothing at this step'}"
+    return f"{'+'.join(site.site.operators)}: {words or 'nothing at this step'}{twice}"
 
 
 def _words(layout: KeyLayout) -> Iterator[str]:
@@ -132,6 +134,8 @@ def _words(layout: KeyLayout) -> Iterator[str]:
         yield f"samples of 1 in {math.prod(layout.samples)} {along or f'({layout.samples[0]}x{layout.samples[1]})'}"
     if layout.guided:
         yield "guided"
+    if layout.perturbed:
+        yield "perturbed"
 
 
 def _show_steps(cost: RunCost) -> None:

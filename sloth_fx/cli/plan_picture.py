@@ -69,7 +69,8 @@ def _draw_work(axes: Any, cost: RunCost, subtitle: str) -> None:
         bottom = bottom + work
     axes.plot([-0.5, steps - 0.5], [1, 1], color=FAINT, lw=1.2, ls=(0, (4, 3)))
     axes.annotate("unpatched", (steps - 0.5, 1), (0, 3), textcoords="offset points", ha="right", color=FAINT)
-    axes.set(ylim=(0, 1.12), ylabel="attention\nthat is left", yticks=[0, 0.5, 1])
+    top = max(1.0, *bottom)  # a second branch makes it more than there was
+    axes.set(ylim=(0, 1.12 * top), ylabel="attention\nthat is left", yticks=np.arange(0, top + 0.01, 0.5))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title(
         f"{subtitle}\nover the run {cost.flops_left:.0%} of the operations of attention are left, "

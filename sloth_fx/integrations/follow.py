@@ -55,7 +55,8 @@ class Follower:
         self._told: Any = WeakIdKeyDictionary()  # by text tensor, which groups are the prompt's
         self._steers = steers
         self._guidance_scale = guidance_scale
-        self._set = {"rows": self._context.rows, "prediction": None, "guidance_scale": None}
+        self._set: dict[str, Any] = {"rows": self._context.rows, "prediction": None, "guidance_scale": None}
+        self._before = {**self._set, "halves": self._halves}
         self._names = list(inspect.signature(model.forward).parameters)
         self._outside = outside_graphs(_follow)
         never_compile(Follower.before_forward)
@@ -65,12 +66,19 @@ class Follower:
         self._hook = model.register_forward_pre_hook(self.before_forward, with_kwargs=True, prepend=True)
 
     def stop(self) -> None:
-        """Leave the model, which may live on in another pipeline, to its own timesteps."""
+        """Leave the model, which may live on in another pipeline, to its own timesteps, and told nothing of a call."""
         self._hook.remove()
         if self._steers and (model := self._model()) is not None:
             unname_passes(model)
+        context = self._context
         if self._drives():
-            self._context.auto()
+            context.auto()
+        counted = context.halves == self._halves and context.rows == self._set["rows"]
+        groups = self._before["halves"] if counted else context.halves
+        for name, told in self._set.items():
+            if getattr(context, name) == told:
+                setattr(context, name, self._before[name])
+        context.halves = groups
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook. Inlined into a larger graph it is a break: a graph cannot ask a scheduler."""
@@ -96,7 +104,7 @@ class Follower:
         if self._steers:
             self._steer(pipe, model, args, kwargs)
         elif self._encoder is not None:
-            self._context.rows = self._rows(self._encoder, args, kwargs)
+            self._tell("rows", self._rows(self._encoder, args, kwargs))
 
     def _steer(self, pipe: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the context what the rows of this call are, and what the pipeline makes of the result."""

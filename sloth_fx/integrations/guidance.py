@@ -12,20 +12,40 @@ from torch import Tensor, nn
 from sloth_fx.errors import SlothError
 
 _STACKED = (2, 3)  # without and with text; a third of a perturbed run, or of an image without its text
+_FROM_CONDITIONAL = ("CosmosTextToWorld", "CosmosVideoToWorld", "Cosmos2", "Krea2")
+"""How the names of pipelines begin whose result is c + w (c - u): their scale is one less than others'. Those that
+stack their conditionings are not here, since nothing is divided there."""
+_LEAVE_OUT = ("Lumina2",)
+"""Those that take c alone in some of the steps of a run that is guided, and do not say in which."""
 
 
 def guidance_scale_of(pipe: Any, model: nn.Module, given: float | None) -> float | None:
     """The scale of the classifier-free guidance that takes what ``model`` returns for one text, as far as ``pipe``
-    tells, or else what is ``given``; ``None`` for none. Raises :class:`SlothError` for one that is no single number."""
+    tells, or else what is ``given``; ``None`` for none. It is w of u + w (c - u), however the pipeline counts.
+
+    Raises :class:`SlothError` for a scale that is no single number, and where it is not one for the whole run.
+    """
     guides = getattr(pipe, "do_classifier_free_guidance", None)
     if guides is not True:
         return None if guides is False else given
-    second = getattr(pipe, "transformer_2", None) is model
-    found = getattr(pipe, "_guidance_scale_2", None) if second else None
-    found = getattr(pipe, "guidance_scale", given) if found is None else found
-    if isinstance(found, numbers.Real) and 0 < float(found) < math.inf:
-        return float(found)
-    raise SlothError(f"{type(pipe).__name__} guides with scale {found!r:.80}: a number above 0 is needed to divide by")
+    name = type(pipe).__name__
+    if _is_one_of(pipe, _LEAVE_OUT) and given is None:
+        raise SlothError(
+            f"{name} may leave out its unconditional calls in some of the steps (cfg_trunc_ratio), and does not say in "
+            "which: if it is called without that, attach with guidance_scale=..., that of its classifier-free guidance"
+        )
+    second = getattr(pipe, "transformer_2", None)
+    second = getattr(second, "_orig_mod", second)  # of one that was compiled
+    told = getattr(pipe, "_guidance_scale_2", None) if second is model else None
+    told = getattr(pipe, "guidance_scale", None) if told is None else told
+    scale = given if told is None else told
+    if isinstance(scale, numbers.Real) and 0 < float(scale) < math.inf:
+        return float(scale) + (told is not None and _is_one_of(pipe, _FROM_CONDITIONAL))
+    raise SlothError(f"{name} guides with scale {scale!r:.80}: a number above 0 is needed to divide by")
+
+
+def _is_one_of(pipe: Any, prefixes: tuple[str, ...]) -> bool:
+    return any(base.__name__.startswith(prefixes) for base in type(pipe).__mro__)
 
 
 class GroupCounter:

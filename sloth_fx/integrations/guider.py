@@ -68,9 +68,12 @@ class PerturbedGuidance(ClassifierFreeGuidance):
         context.rows = ("cond",) if self.is_conditional else ("uncond",)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """Whoever calls the model next is not in a pass."""
+        """Whoever calls the model next is not in a pass, nor in this run."""
         super().cleanup_models(denoiser)
         context = patch_of(denoiser).context
+        context.auto()
+        if self.prediction is not None:
+            context.prediction = None
         context.guidance_scale = None
         context.rows = ("cond",)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
@@ -59,6 +61,21 @@ def register_adapter(
     return _registered[name]
 
 
+@contextmanager
+def assumed(model: nn.Module, adapter: ModelAdapter) -> Iterator[None]:
+    """While it is entered, ``adapter`` is that of the class of ``model``, built-in ones of that name notwithstanding,
+    unless somebody has registered another for it or a base of it."""
+    names = _names_of(model)
+    if any(name in _registered for name in names):
+        yield
+        return
+    _registered[names[0]] = adapter
+    try:
+        yield
+    finally:
+        del _registered[names[0]]
+
+
 def adapter_for(model: nn.Module) -> ModelAdapter:
     """The adapter registered for the class of ``model`` or a base of it, or the built-in one.
 
@@ -101,8 +118,12 @@ def trial_call(model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[()], Inpu
 
 
 def _described(model: nn.Module) -> ModelAdapter | None:
-    names = [name for base in type(model).__mro__ for name in (f"{base.__module__}.{base.__name__}", base.__name__)]
+    names = _names_of(model)
     return next((known[name] for name in names for known in (_registered, BUILT_IN) if name in known), None)
+
+
+def _names_of(model: nn.Module) -> list[str]:
+    return [name for base in type(model).__mro__ for name in (f"{base.__module__}.{base.__name__}", base.__name__)]
 
 
 def _read_off(parameters: list[str]) -> ModelAdapter:

@@ -1,10 +1,12 @@
 """Rows in one branch or in both: what torch makes of them is what it makes of the rows of each branch."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sloth_fx.branching import Rows, by_rows, parted, picked_groups
+from sloth_fx.branching import Rows, UnwritableError, by_rows, parted, picked_groups
 
 GROUPS = {
     "all": (True,),
@@ -132,6 +134,69 @@ def test_what_both_have_meets_what_differs(groups):
     assert isinstance(x.type_as(apart), torch.Tensor)
 
 
+def _residual(x, y):
+    r = x
+    x += y
+    return x + r
+
+
+def _by_method(x, y):
+    r = x.contiguous()
+    x.mul_(y)
+    return r
+
+
+def _a_part(x, y):
+    r = x
+    x[:, 2:4] = y[:, :2]
+    return r
+
+
+def _operators(x, y):
+    r, _ = x, F.silu(x)
+    x -= y
+    x /= 2
+    return r
+
+
+def _view_of_both(x, y):
+    x = x + y
+    first, _ = x.split([3, 4], dim=1)
+    first += 1
+    return x
+
+
+WRITERS = (_residual, _by_method, _a_part, _operators, _view_of_both)
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("function", WRITERS)
+def test_what_is_written_is_seen_under_all_names(function, groups):
+    other, more = noise(EACH * sum(groups), 7, 6, seed=2), noise(EACH * len(groups), 7, 6, seed=3)
+    x = whole(groups, 7, 6)
+    found = function(Rows(x.clone(), groups), parted(more, other, groups))
+    assert found.parted
+    torch.testing.assert_close(found.positive, function(x.clone(), more))
+    torch.testing.assert_close(found.negative, function(picked_groups(x, groups).clone(), other))
+
+
+def test_one_row_without_guidance_is_folded_and_comes_back():
+    """(1, N, C) -> (N, C) -> (1, N, C): tokens of the only image are no rows, and frames are none."""
+    x, other = noise(1, 7, 6), noise(1, 7, 6, seed=1)
+    for rows, negative in ((Rows(x, (True,)), x), (parted(x, other, (True,)), other)):
+        back = rows.reshape(7, 6).view(1, 7, 6)
+        assert back.axis == 0
+        found = F.group_norm(back.transpose(1, 2) * noise(1, 6, 1), 2)
+        torch.testing.assert_close(found.negative, F.group_norm(negative.mT * noise(1, 6, 1), 2))
+
+
+def test_einsum_with_rows_behind_a_plain_operand():
+    matrix, apart = noise(3, 7, seed=4), parted(whole(G, 7, 6), noise(EACH, 7, 6, seed=2), G)
+    found = torch.einsum("nm,bmd->bnd", matrix, apart)
+    torch.testing.assert_close(found.positive, matrix @ apart.positive)
+    torch.testing.assert_close(found.negative, matrix @ apart.negative)
+
+
 def test_one_row_of_one_group_is_told_from_what_is_the_same_for_all():
     """A text of one row meets rows of both branches: it is that of both."""
     apart = parted(noise(1, 7, 6), noise(1, 7, 6, seed=1), (True,))
@@ -162,9 +227,12 @@ REFUSED = {
     "random": lambda x, y: torch.randn_like(x),
     "asked": lambda x, y: bool(x.mean((1, 2)).sum() > 0),
     "numbers": lambda x, y: x.tolist(),
-    "written into shared": lambda x, y: x.add_(y),
-    "part of shared written": lambda x, y: x.__setitem__((slice(None), 0), y[:, 0]),
+    "written into shared with a view": lambda x, y: (x[:, 0], x.add_(y)),
+    "written into a view": lambda x, y: x.view(4, 7, 2, 3).add_(y.view(4, 7, 2, 3)),
+    "part of shared with a view written": lambda x, y: (x.chunk(2, -1), x.__setitem__((slice(None), 0), y[:, 0])),
     "written into plain": lambda x, y: noise(4, 7, 6).add_(x),
+    "added to plain": lambda x, y: operator.iadd(noise(4, 7, 6), y),
+    "added to plain by and": lambda x, y: operator.iand(noise(4, 7, 6) > 0, y > 0),
     "plain part written": lambda x, y: noise(4, 7, 6).__setitem__(0, x),
     "out": lambda x, y: torch.add(x, 1, out=noise(4, 7, 6)),
     "transposed map": lambda x, y: F.conv1d(x.transpose(0, 1), noise(3, 4, 1)),
@@ -176,7 +244,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_of_each_row_alone_is_refused(name):
     x = Rows(whole(G, 7, 6), G)
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, UnwritableError)):
         REFUSED[name](x, parted(whole(G, 7, 6), noise(EACH, 7, 6), G))
 
 

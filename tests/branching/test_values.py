@@ -1,11 +1,13 @@
 """Whatever is done to values that differ between branches, each branch is what it would be by itself."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sloth_fx.branching import Pair, Tokens, positive_of
+from sloth_fx.branching import Pair, Tokens, UnwritableError, positive_of
 from sloth_fx.branching.values import of
 
 TEXT, IMAGE, MORE = 5, 7, 3
@@ -181,18 +183,34 @@ def test_branches_that_would_part():
         lambda: pair.sum().item() > 1,
         lambda: pair.float().mean().item(),
         lambda: torch.zeros(2).add_(pair),
+        lambda: operator.iadd(torch.zeros(2), pair),
+        lambda: operator.ior(torch.zeros(2, dtype=torch.bool), pair > 0),
         lambda: torch.zeros(2).__setitem__(0, pair[0]),
-        lambda: sequence().add_(1),
         lambda: sequence().__setitem__(0, 1),
         lambda: torch.add(pair, 1, out=torch.zeros(2)),
     ):
-        with pytest.raises(TypeError, match="branch"):
+        with pytest.raises((TypeError, UnwritableError), match="branch"):
             wrong()
 
 
 def test_values_that_are_written_into():
     pair = Pair(torch.zeros(2, 3), torch.zeros(2, 3))
     pair[0] = Pair(torch.ones(3), torch.full((3,), 2.0))
+    other, (first, _) = pair, pair.chunk(2)
     pair += 1
+    assert other is pair
     assert pair.positive.tolist() == [[2, 2, 2], [1, 1, 1]]
     assert pair.negative.tolist() == [[3, 3, 3], [1, 1, 1]]
+    assert first.negative.tolist() == [[3, 3, 3]]
+
+
+def test_a_sequence_that_is_written_into_is_so_under_all_names():
+    x, more = sequence(), sequence()
+    before, other = both(x), x
+    x += more
+    x *= 2
+    x.sub_(TABLE)
+    assert other is x
+    assert isinstance(x.parts[1], torch.Tensor)
+    for found, old, new in zip(both(other), before, both(more), strict=True):
+        torch.testing.assert_close(found, 2 * (old + new) - TABLE)

@@ -44,6 +44,20 @@ def test_tiles_and_merging_in_words(run, pipeline, tmp_path):
     assert "queries merged" in done.out
 
 
+def test_what_is_asked_once_more(run, pipeline, tmp_path):
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"version": 1, "type": "SEG", "stop": 0.5}))
+    done = run("plan", pipeline, "--spec", file, *SIZE, "--steps", 2, "--step", 1)
+    lines = {
+        line.split()[0]: line.rstrip() for line in done.out.splitlines() if "blocks" in line or "mid_block" in line
+    }
+    assert lines["mid_block.attentions.0.transformer_blocks.0.attn1"].endswith("200%  SEG: perturbed, in two branches")
+    assert lines["up_blocks.1.attentions.0.transformer_blocks.0.attn1"].endswith(
+        "(not selected by where), in two branches"
+    )
+    assert lines["down_blocks.0.attentions.0.transformer_blocks.0.attn1"].endswith("100%  - (not selected by where)")
+
+
 def test_picture(run, pipeline, spec, tmp_path):
     picture = tmp_path / "plan.png"
     done = run("plan", pipeline, "--spec", spec, *SIZE, "--steps", 2, "--picture", picture)

@@ -137,6 +137,26 @@ class Novel(nn.Module):
         return self.out(tokens).transpose(1, 2).unflatten(2, (rows, columns))
 
 
+class Joint(nn.Module):
+    """A transformer whose blocks attend over text and image together, of a family that nobody has described."""
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.dtype = torch.float32
+        self.embed, self.read = nn.Linear(CHANNELS, channels), nn.Linear(TEXT, channels)
+        self.blocks = nn.ModuleList(CrossAttention(channels, 2) for _ in range(2))
+        self.out = nn.Linear(channels, CHANNELS)
+
+    def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006
+        image = self.embed(x.flatten(2).transpose(1, 2)) + timestep[:, None, None] / 1000
+        text = self.read(context)
+        for block in self.blocks:
+            both = torch.cat([text, image], 1)
+            both = both + block(F.layer_norm(both, both.shape[-1:]), transformer_options=transformer_options)
+            text, image = both[:, : text.shape[1]], both[:, text.shape[1] :]
+        return self.out(image).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
 class Blind(nn.Module):
     """A model without attention."""
 
@@ -196,6 +216,18 @@ class Edm(nn.Module):
 
     def timestep(self, sigma):
         return 0.25 * sigma.log()
+
+
+class EDM:
+    """Models that predict what is missing, preconditioned by the deviation of the data."""
+
+
+class Preconditioned(EDM, Edm):
+    """The sampling of models such as Playground 2.5."""
+
+    def __init__(self, sigma_data=0.7):
+        super().__init__()
+        self.sigma_data = sigma_data
 
 
 class Angle(Edm):

@@ -15,23 +15,33 @@ from sloth_fx.errors import SlothError
 from sloth_fx.integrations.comfy import patching
 from sloth_fx.integrations.comfy.patching import patch_model
 from sloth_fx.integrations.comfy.sampling import moment_of, prediction_of
+from sloth_fx.model_adapters import ModelAdapter, adapter_for, registry
 from sloth_fx.patch import patch_of
+from sloth_fx.prediction import Prediction
 from tests.integrations.comfy_host import (
+    COLUMNS,
     CONST,
+    EPS,
     NEGATIVE,
+    POSITIVE,
+    ROWS,
     SIGMAS,
     Angle,
     Discrete,
     Edm,
     Flow,
+    Joint,
     Novel,
+    Preconditioned,
     call,
     conditioning,
     latents,
     patcher,
     sample,
 )
+from tests.two_branches import in_order, in_step, joint
 
+TEXTS = NEGATIVE, POSITIVE
 FULL = sloth_fx.SlothfulAttention(keep_middle=False)
 NEUTRAL = sloth_fx.SlothfulAttention(in_=sloth_fx.Reduction(rate=1.0), out=sloth_fx.Reduction(rate=1.0))
 TILE = sloth_fx.NearSightedTile(tile_size=5)
@@ -165,6 +175,29 @@ def test_only_the_positive_is_guided():
     assert (together[0] - plain[0]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_a_negative_of_another_length_in_joint_attention(tokens):
+    """Equal to two calls by brute force, each with its own text, of which only the positive is guided."""
+    base, negative, x = patcher(Joint()), conditioning(tokens, seed=5), latents()
+    spec = sloth_fx.NAG(scale=7.0, alpha=0.6)
+    patched = patch_model(base, [spec], negative=negative)
+
+    def run(model, text):
+        times = torch.full((len(text),), 3.5)
+        with torch.no_grad():
+            return model.apply_model(torch.cat([x, x]), times, text, {})
+
+    texts = [torch.cat([each[0][0].expand(2, -1, -1) for each in pair]) for pair in (TEXTS, (negative, negative))]
+    read = tuple(in_order([joint(text.shape[1], ROWS * COLUMNS)] * 2) for text in texts)
+    expected = in_step(base.model, tuple(texts), spec, read, run=run, rows=(2, 3))
+    patched.load()
+    with torch.no_grad():
+        found = torch.cat(call(patched, x, 3.5, SIGMAS, (1, 0)))
+    patched.unload()
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (found - run(base.model, texts[0])).abs().max() > 1e-3
+
+
 def test_two_patchers_of_one_model_have_negatives_of_their_own():
     base, spec = patcher(), sloth_fx.NAG(alpha=1.0)
     one, other = (patch_model(base, [spec], negative=conditioning(7, seed)) for seed in (5, 6))
@@ -185,15 +218,7 @@ def test_perturbed_guidance_is_the_same_together_and_apart(spec):
     """ComfyUI calls its model for both texts at once, or for one after the other where memory is short."""
     base, scale = patcher(), 3.0
     patched = patch_model(base, [spec])
-
-    class Executor:
-        class_obj = type("Guider", (), {"model_options": patched.model_options, "cfg": scale})
-
-        def __call__(self):
-            return "sampled"
-
-    (note,) = patched.model_options["transformer_options"]["wrappers"]["outer_sample"]["sloth_fx"]
-    assert note(Executor()) == "sampled"
+    assert guider(patched, scale) == "sampled"
 
     def called(model, *groups):
         model.load()
@@ -211,10 +236,63 @@ def test_perturbed_guidance_is_the_same_together_and_apart(spec):
     assert (together - guided(called(base, 1, 0))).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("classes", "kind"), [((), "epsilon"), ((CONST,), "flow")])
-def test_what_a_model_predicts(classes, kind):
-    assert prediction_of(Flow() if classes else Discrete()) == kind
+def predicting(name, sigma_data=1.0):
+    """A sampling of a class that ComfyUI has by this name."""
+    sampling = type("Sampling", (type(name, (EPS,), {}), Discrete), {})()
+    sampling.sigma_data = sigma_data
+    return sampling
+
+
+def test_what_a_model_predicts():
+    assert prediction_of(Flow()) == Prediction("flow")
+    assert prediction_of(Discrete()) == Prediction("epsilon")
     assert prediction_of(Edm()) is None
+    assert prediction_of(predicting("V_PREDICTION")) == Prediction("v_prediction")
+    assert prediction_of(predicting("X0")) == Prediction("sample")
+    assert prediction_of(Preconditioned(0.7)) == Prediction("edm", 0.7)
+    del (unsaid := Preconditioned()).sigma_data
+    assert prediction_of(unsaid) is None
+    for name in ("V_PREDICTION", "X0", "EPS"):
+        assert prediction_of(predicting(name, sigma_data=0.5)) is None  # no kind that is known here
+    for name in ("IMG_TO_IMG", "IMG_TO_IMG_FLOW", "COSMOS_RFLOW"):
+        assert prediction_of(type("Sampling", (type(name, (CONST,), {}), Edm), {})()) is None
+
+
+def test_the_prediction_of_an_earlier_run_is_forgotten():
+    patched = patch_model(patcher(), [sloth_fx.SAG()])
+    sample(patched)
+    assert context_of(patched).prediction == Prediction("epsilon")
+    patched.model.model_sampling = Edm()
+    with pytest.raises(SlothError, match="SAG has to know what the model predicts"):
+        sample(patched)
+
+
+def guider(patched, cfg, **conds):
+    """A guider of ComfyUI at the start of its run, as its wrapper gets it."""
+    (note,) = patched.model_options["transformer_options"]["wrappers"]["outer_sample"]["sloth_fx"]
+
+    class Executor:
+        class_obj = type("Guider", (), {"model_options": patched.model_options, "cfg": cfg, "conds": conds})()
+
+        def __call__(self):
+            return "sampled"
+
+    return note(Executor())
+
+
+@pytest.mark.parametrize("spec", [sloth_fx.PAG(), sloth_fx.SAG(), sloth_fx.NAG()], ids=["PAG", "SAG", "NAG"])
+def test_a_guider_of_three_conditionings(spec):
+    """DualCFGGuider calls with the negative first, which cond_or_uncond then has as 0."""
+    patched = patch_model(patcher(), [spec], negative=conditioning(7, seed=5))
+    assert guider(patched, 3.0, positive=[], negative=[]) == "sampled"
+    assert guider(patched, 1.0, positive=[]) == "sampled"
+    with pytest.raises(SlothError, match=r"Guider guides by positive, middle, negative.*use CFGGuider"):
+        guider(patched, 1.0, positive=[], middle=[], negative=[])
+
+
+def test_a_guider_of_three_conditionings_where_nothing_is_guided():
+    patched = patch_model(patcher(), [FULL])
+    assert guider(patched, 1.0, positive=[], middle=[], negative=[]) == "sampled"
 
 
 # One transform
@@ -258,6 +336,19 @@ def test_the_order_of_nodes_does_not_matter():
     one = patch_model(patch_model(base, [TILE]), [sloth_fx.NAG()], negative=negative)
     other = patch_model(patch_model(base, [sloth_fx.NAG()], negative=negative), [TILE])
     torch.testing.assert_close(sample(one), sample(other))
+
+
+def test_adapters_are_the_users(monkeypatch):
+    """What a transform assumes of a class is registered for nobody else, and hides nothing that was."""
+    monkeypatch.setattr(registry, "_registered", {})
+    base, name = patcher(Novel()), f"{Novel.__module__}.Novel"
+    with pytest.raises(SlothError, match="nowhere"):
+        sample(patch_model(base, [sloth_fx.TokenDownsample(where="nowhere")]))
+    sample(patch_model(base, [TILE]))
+    assert registry._registered == {}
+    mine = sloth_fx.register_adapter(name, ModelAdapter(latent="x", axes="bchw", timesteps=7))
+    sample(patch_model(base, [FULL]))
+    assert adapter_for(base.model.diffusion_model).timesteps == mine.timesteps == 7
 
 
 def test_models_can_be_freed():
@@ -360,6 +451,16 @@ def scaled(query, key, value, extra):
     return query, key * 1.5, value * 0.5
 
 
+def by_group(query, key, value, extra):
+    """As IP-Adapter, which has other keys for the positive: one part of the batch for each group."""
+    parts = key.chunk(len(extra["cond_or_uncond"]))
+    return (
+        query,
+        torch.cat([part * (2 - each) for part, each in zip(parts, extra["cond_or_uncond"], strict=True)]),
+        value,
+    )
+
+
 def halved(query, key, value, extra):
     return query, key[:, ::2], value[:, ::2]
 
@@ -399,6 +500,27 @@ COLLISIONS = {
     "one transformer": (lambda model: replaced(model, "attn1", ("output", 1, 0)), FULL, "replaces attn1 at block"),
     "attn2_replace": (lambda model: replaced(model, "attn2", ("input", 1)), sloth_fx.NAG(), "replaces attn2 at block"),
 }
+
+
+@pytest.mark.parametrize("groups", [(1, 0), (0,)], ids=["both", "one"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: patches(model, attn2_patch=by_group),
+        lambda model: patches(model, attn2_output_patch=lambda out, extra: out),
+        lambda model: replaced(model, "attn2", ("input", 1), lambda q, k, v, extra: q * len(extra["cond_or_uncond"])),
+    ],
+    ids=["patch", "output", "replace"],
+)
+def test_patches_of_rows_with_self_attention_guidance(change, groups):
+    """The degraded call has the rows of one group, and such patches are told of all: IP-Adapter divides by that."""
+    base = patcher()
+    patched = change(patch_model(base, [sloth_fx.SAG()]))
+    if groups == (0,):  # both calls have the same rows
+        assert sample(patched, groups=groups).isfinite().all()
+        return
+    with pytest.raises(SlothError, match=r"patches attn2, or replaces it.*SAG.*PAG or SEG"):
+        sample(patched, groups=groups)
 
 
 @pytest.mark.parametrize("case", COLLISIONS)

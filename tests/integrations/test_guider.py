@@ -67,11 +67,14 @@ def test_the_published_formula(original: bool, weight: float) -> None:
     scale = weight - 1 if original else weight  # theirs counts from c, or from u
     guider = PerturbedGuidance(guidance_scale=scale, use_original_formulation=original)
     guider.set_state(3, 10, torch.tensor(700.0))
+    seen: list[float] = []
+    patched.register_forward_hook(lambda model, *_: seen.append(sloth_fx.context(model).progress))
     found = guided(guider, patched, given)
     expected = uncond + weight * (cond - uncond) + 2.0 * (cond - perturbed)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert set(seen) == {0.3}
     context = sloth_fx.context(patched)
-    assert (context.progress, context.rows, context.guidance_scale) == (0.3, ("cond",), None)
+    assert (context.driven, context.rows, context.guidance_scale) == (False, ("cond",), None)
 
 
 def test_self_attention_guidance_is_told_what_is_predicted() -> None:
@@ -86,7 +89,12 @@ def test_self_attention_guidance_is_told_what_is_predicted() -> None:
     found = guided(guider, patched, given)
     uncond, cond, _ = predictions(model, given, itself_and_others(0, 1))
     assert (found - uncond - 4 * (cond - uncond)).abs().max() > 1e-3
-    assert sloth_fx.context(patched).sigma == pytest.approx(0.7 / 0.3)  # of the call, not of its number
+    context = sloth_fx.context(patched)
+    assert context.sigma == pytest.approx(0.7 / 0.3)  # of the call, not of its number
+    assert context.prediction is None  # whoever calls next has to say it
+    context.prediction = "flow"
+    guided(silent, patched, given)
+    assert context.prediction.kind == "flow"  # that of the caller
 
 
 def test_a_model_that_was_not_transformed() -> None:

@@ -303,6 +303,37 @@ def test_everything_is_put_back() -> None:
     assert torch.equal(run(pipe, given, steps=2), before)
 
 
+def test_a_model_that_lives_on_is_told_nothing_any_more() -> None:
+    """What the last call was says nothing of calls that the pipeline has no part in."""
+    pipe, given = sd(), {**text(), **GIVEN, "guidance_scale": 3.0}
+    handle = sloth_fx.attach(pipe, SAG())
+    context = handle.context
+    run(pipe, given, steps=2)
+    assert (context.rows, context.halves, context.prediction.kind) == (("uncond", "cond"), 2, "epsilon")
+    handle.detach()
+    assert (context.rows, context.halves, context.guidance_scale) == (("cond",), 1, None)
+    assert context.prediction is None
+    assert not context.driven
+
+    pipe, given = pipelines.wan()
+    handle = sloth_fx.attach(pipe, PAG(scale=2.0, where="self"))
+    context = handle.context
+    pipe(**{**given, "num_inference_steps": 2})
+    assert (context.rows, context.guidance_scale) == (("uncond",), given["guidance_scale"])
+    handle.detach()
+    assert (context.rows, context.guidance_scale) == (("cond",), None)
+
+
+def test_what_a_caller_told_the_context_stays() -> None:
+    pipe, given = sd(), {**text(), **GIVEN, "guidance_scale": 3.0}
+    handle = sloth_fx.attach(pipe, SAG())
+    context = handle.context
+    context.rows, context.prediction = ("other", "cond"), "v_prediction"
+    run(pipe, given, steps=2)
+    handle.detach()
+    assert (context.rows, context.halves, context.prediction.kind) == (("other", "cond"), 2, "v_prediction")
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
@@ -318,6 +349,53 @@ def test_the_scale_that_a_pipeline_tells(told: dict[str, Any], expected: float |
     model = nn.Identity()
     pipe = SimpleNamespace(**told, **({"transformer_2": model} if told.get("second") else {}))
     assert guidance_scale_of(pipe, model, 2.5) == expected
+
+
+def test_the_scale_of_a_second_transformer_that_is_compiled() -> None:
+    model = nn.Identity()
+    pipe = SimpleNamespace(
+        do_classifier_free_guidance=True,
+        guidance_scale=7.0,
+        _guidance_scale_2=3.0,
+        transformer_2=torch.compile(model, backend="eager"),
+    )
+    assert guidance_scale_of(pipe, model, None) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("Krea2Pipeline", 5.5),
+        ("CosmosTextToWorldPipeline", 5.5),
+        ("CosmosVideoToWorldPipeline", 5.5),
+        ("Cosmos2_5_PredictBasePipeline", 5.5),
+        ("Cosmos3OmniPipeline", 4.5),
+        ("WanPipeline", 4.5),
+    ],
+)
+def test_pipelines_that_count_their_scale_from_the_conditional_prediction(kind: str, expected: float) -> None:
+    """Of c + w (c - u) the conditional prediction has a share of 1 + w, so s / (1 + w) comes out as s."""
+    told = {"do_classifier_free_guidance": True, "guidance_scale": 4.5}
+    pipe = type("Mine", (type(kind, (), {}),), told)()
+    found = guidance_scale_of(pipe, nn.Identity(), None)
+    assert found == expected
+    u, c, p = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def result(c: Tensor) -> Tensor:
+        return (u if expected == 4.5 else c) + 4.5 * (c - u)
+
+    assert found is not None
+    torch.testing.assert_close(result(c + 2.0 / found * (c - p)), result(c) + 2.0 * (c - p))
+
+
+def test_a_pipeline_that_leaves_out_unconditional_calls() -> None:
+    """Lumina 2 does so from a share of its steps on (cfg_trunc_ratio), and does not say of which."""
+    pipe = type("Lumina2Pipeline", (), {"do_classifier_free_guidance": True, "guidance_scale": 4.0})()
+    with pytest.raises(SlothError, match=r"Lumina2Pipeline .*cfg_trunc_ratio.*attach with guidance_scale="):
+        guidance_scale_of(pipe, nn.Identity(), None)
+    assert guidance_scale_of(pipe, nn.Identity(), 4.0) == 4.0
+    pipe.do_classifier_free_guidance = False
+    assert guidance_scale_of(pipe, nn.Identity(), None) is None
 
 
 def test_a_scale_that_is_no_number_to_divide_by() -> None:

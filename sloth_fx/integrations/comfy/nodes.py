@@ -29,7 +29,7 @@ _ORIGINAL_NAMES = {
     "NearSightedAttentionSimple": "Near-sighted Attention (Simple)",
 }
 SPEC_NODES = ("NAG", "PAG", "SEG", "SAG", "HyperTile", "TokenMerging", "TokenDownsample")
-"""Specs that are nodes of their own, as far as this version of sloth_fx has them."""
+"""Specs that are nodes of their own."""
 
 
 def _node(name: str, inputs: dict[str, Inputs], run: Any, description: str, **more: Any) -> type:
@@ -110,7 +110,7 @@ _ORIGINALS = {
     for first in [next(each for each in _RELEASES if each in forms_of(kind))]
     for release in forms_of(kind)
 }
-_SPECS = {f"SlothFX{name}": name for name in SPEC_NODES if hasattr(sloth_fx, name)}
+_SPECS = {f"SlothFX{name}": name for name in SPEC_NODES}
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     **{name: _original_node(*each) for name, each in _ORIGINALS.items()},

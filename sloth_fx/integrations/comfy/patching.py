@@ -19,16 +19,18 @@ from sloth_fx.dynamo import outside_graphs
 from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.integrations.comfy.collisions import check_before_loading, check_not_compiled, check_object_patches
 from sloth_fx.integrations.comfy.sharing import share_modules
-from sloth_fx.integrations.comfy.steering import KEY, Source, Steering, note_guidance
+from sloth_fx.integrations.comfy.steering import KEY, Driver, Source, note_guidance
 from sloth_fx.integrations.comfy.trial import trial_inputs
-from sloth_fx.model_adapters import ModelAdapter, register_adapter
+from sloth_fx.model_adapters import ModelAdapter, assumed
 from sloth_fx.patch import patch_of
+from sloth_fx.perturbation_specs import PerturbationSpec
 from sloth_fx.report import Report
 from sloth_fx.spec import NAG, Spec
 from sloth_fx.transform import FIRST_CALL, check_untouched, transform
 
 NAME = "diffusion_model"
 _KEPT = 4  # transforms of one model
+_GUIDING = (NAG, PerturbationSpec)  # they have to know which rows are the positive's
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def patch_model(
         clone.add_object_patch(NAME, _patched(original, request))
     elif request.phases is not None:
         raise SlothError("phases is for the schedules of other nodes: put it after them")
-    options[KEY] = Source(clone.model, negative)
+    options[KEY] = Source(clone.model, negative, guides=any(isinstance(each, _GUIDING) for each in request.specs))
     wrappers = options.setdefault("wrappers", {})
     wrappers.setdefault("prepare_sampling", {})[KEY] = [check_before_loading]
     wrappers.setdefault("outer_sample", {})[KEY] = [note_guidance]
@@ -125,21 +127,24 @@ def _transformed(original: nn.Module, request: Request) -> nn.Module:
 
 
 def _located(original: nn.Module, request: Request) -> nn.Module:
-    kind = type(original)
-    register_adapter(f"{kind.__module__}.{kind.__name__}", ModelAdapter(latent=next(iter(_parameters(original)))))
     inputs = trial_inputs(original)
     if inputs is not None:
         with suppress(RefusedInputsError):
             return _steered(original, request, inputs)
-    transform(original, request.specs, example_inputs=FIRST_CALL, phases=request.phases)  # for the errors known by now
+    _tried(original, request, FIRST_CALL)  # for the errors known by now
     return _deferring(original, request)
 
 
 def _steered(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
-    patched = transform(original, request.specs, example_inputs=inputs, phases=request.phases)
+    patched = _tried(original, request, inputs)
     share_modules(patched, original, patch_of(patched).graphs)
-    Steering(patched)
+    Driver(patched)
     return patched
+
+
+def _tried(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
+    with assumed(original, ModelAdapter(latent=next(iter(_parameters(original))))):
+        return transform(original, request.specs, example_inputs=inputs, phases=request.phases)
 
 
 def _by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from sloth_fx.errors import SlothError
+from sloth_fx.prediction import ENDLESS, Kind, Prediction
 from sloth_fx.schedule import Moment
 
-_PREDICTIONS = {
+_PREDICTIONS: dict[str, Kind | None] = {
+    "IMG_TO_IMG": None,
+    "IMG_TO_IMG_FLOW": None,
+    "COSMOS_RFLOW": None,
     "CONST": "flow",
     "EDM": "edm",
     "V_PREDICTION": "v_prediction",
     "X0": "sample",
     "EPS": "epsilon",
 }
-"""By the classes of ComfyUI that models' samplings are made of, of which the later are bases of the earlier."""
-_PURE_NOISE = 1e300  # noise over signal of a flow at its start, as elsewhere
+"""By the classes of ComfyUI that models' samplings are made of, of which the later are bases of the earlier. The first
+ones predict what no kind here stands for, or take another input."""
 
 
 def moment_of(options: Any, model_sampling: Any) -> Moment:
@@ -35,10 +40,17 @@ def moment_of(options: Any, model_sampling: Any) -> Moment:
     return Moment(progress, _noise_over_signal(sigma, model_sampling), _step(progress, sigma, options, model_sampling))
 
 
-def prediction_of(model_sampling: Any) -> str | None:
-    """What a model predicts, in the words of :attr:`sloth_fx.TimestepContext.prediction`; ``None`` if not known."""
+def prediction_of(model_sampling: Any) -> Prediction | None:
+    """What a model predicts; ``None`` if it is of no kind known here, as where its data have a deviation other than 1
+    (but for EDM, whose equations have it)."""
     names = [base.__name__ for base in type(model_sampling).__mro__]
-    return next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
+    kind = next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
+    if kind == "edm":
+        data = getattr(model_sampling, "sigma_data", None)
+        return Prediction(kind, float(data)) if isinstance(data, numbers.Real) else None
+    if kind is None or (kind != "flow" and getattr(model_sampling, "sigma_data", 1.0) != 1.0):
+        return None
+    return Prediction(kind)
 
 
 def _progress(sigma: float, sampling: Any) -> float:
@@ -73,7 +85,7 @@ def _step(progress: float, sigma: float, options: Any, sampling: Any) -> tuple[f
 def _noise_over_signal(sigma: float, sampling: Any) -> float:
     if not _is_flow(sampling):
         return sigma
-    return sigma / (1 - sigma) if sigma < 1 else _PURE_NOISE
+    return sigma / (1 - sigma) if sigma < 1 else ENDLESS
 
 
 def _is_flow(sampling: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Steers the context of a patched model by what ComfyUI gives its model with every call."""
+"""Drives the context of a patched model by what ComfyUI gives its model with every call."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sloth_fx.bind import is_bound
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.dynamo import never_compile, outside_graphs
 from sloth_fx.errors import SlothError
-from sloth_fx.integrations.comfy.collisions import check_modules, check_patches, guarded
+from sloth_fx.integrations.comfy.collisions import check_degraded, check_modules, check_patches, guarded
 from sloth_fx.integrations.comfy.sampling import moment_of, prediction_of
 from sloth_fx.patch import patch_of
+from sloth_fx.perturbation_specs import SAG
 
 KEY = "sloth_fx"
 """Under which ``transformer_options`` hold a :class:`Source`."""
@@ -25,12 +26,14 @@ _ROWS = {0: "cond", 1: "uncond"}  # of cond_or_uncond; others are groups of some
 class Source:
     """What a patcher says of its model: the model itself, and the negative conditioning of NAG.
 
-    ``negative`` is a CONDITIONING of ComfyUI, a list of (embeddings, dict). Copies of a patcher share this.
+    ``negative`` is a CONDITIONING of ComfyUI, a list of (embeddings, dict). ``guides`` tells that rows of the positive
+    are guided. Copies of a patcher share this.
     """
 
-    def __init__(self, base: Any, negative: Sequence[Any] | None = None) -> None:
+    def __init__(self, base: Any, negative: Sequence[Any] | None = None, *, guides: bool = False) -> None:
         self._base = weakref.ref(base)
         self.negative = negative
+        self.guides = guides
         self.guidance_scale: float | None = None
         """That of the classifier-free guidance of the run."""
 
@@ -46,23 +49,32 @@ class Source:
 def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """A wrapper for ComfyUI's ``outer_sample``: the guider knows its scale, and what it calls the model with does not.
 
-    Perturbed guidance needs it where the positive and the negative are calls of their own.
+    Perturbed guidance needs it where the positive and the negative are calls of their own. Raises :class:`SlothError`
+    for a guider of other conditionings than these, where rows are guided: ``cond_or_uncond`` has their places in its
+    own list then.
     """
     guider = executor.class_obj
     source = guider.model_options.get("transformer_options", {}).get(KEY)
     scale = getattr(guider, "cfg", None)
     if isinstance(source, Source):
+        conditionings = getattr(guider, "conds", None) or {}
+        if source.guides and not set(conditionings) <= {"positive", "negative"}:
+            raise SlothError(
+                f"{type(guider).__name__} guides by {', '.join(conditionings)}, and which rows of a call are the "
+                "positive's is not known: use CFGGuider, BasicGuider or KSampler with guidance of Sloth FX"
+            )
         source.guidance_scale = float(scale) if isinstance(scale, (int, float)) and scale > 0 and scale != 1 else None
     return executor(*args, **kwargs)
 
 
-class Steering:
+class Driver:
     """Before each call of ``model``: sets its context, and takes what is no part of a call out of its options."""
 
     def __init__(self, model: nn.Module) -> None:
         patch = patch_of(model)
         self._context = patch.context
         self._kinds = frozenset(site.kind for site in patch.report if site.operators)
+        self._degrades = any(isinstance(each, SAG) for each in patch.specs)
         self._acted = frozenset(site.path for site in patch.report if site.operators)
         self._owners = {
             path: (owner, owner.__dict__["forward"].__func__)
@@ -70,8 +82,8 @@ class Steering:
             if is_bound(owner := model.get_submodule(path))
         }
         self._told: tuple[Any, ...] = ()
-        self._outside = outside_graphs(_steer)
-        never_compile(Steering.before_forward)
+        self._outside = outside_graphs(_drive)
+        never_compile(Driver.before_forward)
         model.register_forward_pre_hook(self.before_forward, with_kwargs=True, prepend=True)
 
     def before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -79,7 +91,7 @@ class Steering:
         options = self._outside(self, model, args, kwargs)
         return args, {**kwargs, "transformer_options": options}
 
-    def steer(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> HandedOn:
+    def drive(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> HandedOn:
         """Set the context for a call with these arguments. Returns the options to make it with."""
         options = kwargs.get("transformer_options") or {}
         source = options.get(KEY)
@@ -90,12 +102,12 @@ class Steering:
             )
         check_modules(model, self._owners)
         check_patches(options, self._acted)
+        rows = tuple(_ROWS.get(each, f"group {each}") for each in options.get("cond_or_uncond") or [0])
+        if self._degrades and {"cond"} < set(rows):
+            check_degraded(options)
         self._context.at(*moment_of(options, source.base.model_sampling))
-        prediction = prediction_of(source.base.model_sampling)
-        if prediction is not None:
-            self._context.prediction = prediction
-        groups = options.get("cond_or_uncond") or [0]
-        self._context.rows = tuple(_ROWS.get(each, f"group {each}") for each in groups)
+        self._context.prediction = prediction_of(source.base.model_sampling)
+        self._context.rows = rows
         self._context.guidance_scale = source.guidance_scale
         if source.negative is not None:
             self._tell_negative(source, args, kwargs)
@@ -114,8 +126,8 @@ class Steering:
         self._context.set_negative(**negative_arguments(source.base, source.negative or (), latent, kwargs))
 
 
-def _steer(steering: Steering, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> HandedOn:
-    return steering.steer(model, args, kwargs)
+def _drive(driver: Driver, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> HandedOn:
+    return driver.drive(model, args, kwargs)
 
 
 def negative_arguments(base: Any, negative: Sequence[Any], latent: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
