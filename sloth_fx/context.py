@@ -50,7 +50,7 @@ class TimestepContext:
         self._drive(self._timeline.step(i, n), steps=int(n))
 
     def at(self, progress: float, sigma: float | None = None, step: tuple[float, float] | None = None) -> None:
-        """The run is at ``progress`` (0: start, 1: end), at noise level ``sigma`` (> 0; default: the model's own
+        """The run is at ``progress`` (0: start, 1: end), at noise level ``sigma`` (from 0; default: the model's own
         schedule at that progress); ``step`` is the part of the run that this step covers, as progress, from and to.
         Raises :class:`SlothError` for anything else.
         """
@@ -193,11 +193,11 @@ class TimestepContext:
     def saved(self) -> Iterator[None]:
         """Whatever happens inside, the context is afterwards where it was."""
         timeline = self._timeline
-        state = timeline.driven, timeline.steps, timeline.moment
+        state = timeline.driven, timeline.steps, timeline.sigma_given, timeline.moment
         try:
             yield
         finally:
-            timeline.driven, timeline.steps, timeline.moment = state
+            timeline.driven, timeline.steps, timeline.sigma_given, timeline.moment = state
             self._apply()
 
     # How it acts

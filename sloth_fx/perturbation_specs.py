@@ -45,8 +45,10 @@ class PerturbationSpec(BaseSpec):
     """What all of them have in common; with s = :meth:`scale_at` a moment, p what the model predicts, p' what it
     predicts with its attention perturbed:
 
-        guided = p + s * (p - p')                 of the rows of the batch that are "cond", others are p
+        guided = p + s * (p - p')                 of the rows of the batch that are "cond"
         result = guided * (rescale * std(p) / std(guided) + 1 - rescale)        std over all but the batch
+
+    What that adds, d = result - p, is added to the other rows of the batch as well (docs/perturbation.md).
 
     scale: 0..100; 0 changes nothing, and costs nothing.
     start, stop: the part of the run in which it acts, as progress in 0..1 (:meth:`sloth_fx.Moment.within`).

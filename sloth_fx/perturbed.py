@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sloth_fx.branching import Rows, rows_in, together
+from sloth_fx.branching import Groups, Rows, UnwritableError, picked_groups, rows_in, together
 from sloth_fx.capture.capture import Call
+from sloth_fx.capture.objects import HandedOn
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
+from sloth_fx.nested import copied, leaves, mapped
 from sloth_fx.operators import KeyLayout
-from sloth_fx.operators.perturbation import effective_scale, guided
+from sloth_fx.operators.perturbation import guided, share_of
 from sloth_fx.perturbation_specs import PerturbationSpec
 from sloth_fx.schedule import Moment
 
@@ -46,6 +48,7 @@ class Perturbed(nn.Module):
         self.halves = 1
         self.shares = False
         self.scale = torch.tensor(0.0, dtype=torch.float64)  # not a number: another one is no new graph
+        self.share = torch.tensor(1.0, dtype=torch.float64)
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout, self.halves = layout, halves
@@ -55,7 +58,8 @@ class Perturbed(nn.Module):
 
     def set_moment(self, moment: Moment, guidance_scale: float | None) -> None:
         """``guidance_scale`` is that of classifier-free guidance which takes what the model returns."""
-        self.scale.fill_(effective_scale(self.spec.scale_at(moment), guidance_scale if all(self.rows) else None))
+        self.scale.fill_(self.spec.scale_at(moment))
+        self.share.fill_(share_of(guidance_scale if all(self.rows) else None))
 
     @property
     def acts(self) -> bool:
@@ -66,20 +70,32 @@ class Perturbed(nn.Module):
         latent = self.latent_of(args, kwargs)
         batch = self._checked_batch(latent)
         if self.shares:
-            latent = Rows(latent, self.rows)
-            name, position = self.latent
-            if name in kwargs:
-                kwargs = {**kwargs, name: latent}
-            else:
-                args = (*args[:position], latent, *args[position + 1 :])
-            return self._together(forward(*args, **kwargs))
-        result = forward(*args, **kwargs)
+            return self._run_shared(model, forward, args, kwargs)
+        result = forward(*copied(args), **copied(kwargs))
         alone = not all(self.rows) and _by_row((args, kwargs), batch)
         if alone:
-            args, kwargs = self._picked(args, batch), self._picked(kwargs, batch)
+            args, kwargs = (mapped(lambda each: picked(each, self.rows, batch), given) for given in (args, kwargs))
         with spoiling(model, alone=alone):
             perturbed = forward(*args, **kwargs)
-        return self._both(result, perturbed if alone else self._picked(perturbed, batch), batch)
+        if not alone:
+            perturbed = mapped(lambda each: picked(each, self.rows, batch), perturbed)
+        return mapped(functools.partial(self._both, batch=batch), result, perturbed)
+
+    def _run_shared(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name, position = self.latent
+        rows = Rows(self.latent_of(args, kwargs), self.rows)
+        if name in kwargs:
+            kwargs = {**kwargs, name: rows}
+        else:
+            args = (*args[:position], rows, *args[position + 1 :])
+        try:
+            return self._together(forward(*args, **kwargs))
+        except (TypeError, UnwritableError) as error:
+            raise SlothError(
+                f"{type(model).__name__} with {type(self.spec).__name__}: this call, with a latent "
+                f"{tuple(rows.shape)}, cannot serve both branches: {error}; transform with example_inputs like those "
+                "of this call"
+            ) from error
 
     def latent_of(self, args: Any, kwargs: Any) -> Any:
         name, position = self.latent
@@ -108,49 +124,43 @@ class Perturbed(nn.Module):
         if not result.parted or not result.dtype.is_floating_point:
             return result.positive
         if result.axis != 0:
-            raise SlothError(
+            raise TypeError(
                 f"a result whose rows lie along axis {result.axis}: {type(self.spec).__name__} needs axis 0"
             )
         return self._guided(result.positive, result.negative)
 
     def _guided(self, prediction: Tensor, perturbed: Tensor) -> Tensor:
-        scale: Any = self.scale.to(torch.promote_types(prediction.dtype, torch.float32))
-        return guided(prediction, perturbed, self.rows, scale=scale, rescale=self.spec.rescale)
+        precision = torch.promote_types(prediction.dtype, torch.float32)
+        numbers: Any = self.scale.to(precision), self.share.to(precision)
+        scale, share = numbers
+        return guided(prediction, perturbed, self.rows, scale=scale, rescale=self.spec.rescale, share=share)
 
-    def _picked(self, value: Any, batch: int) -> Any:
-        """Arguments or results for the rows that are guided."""
-        if isinstance(value, Tensor):
-            if value.ndim == 0 or value.shape[0] != batch or all(self.rows):
-                return value
-            return torch.cat(
-                [part for part, there in zip(value.chunk(len(self.rows)), self.rows, strict=True) if there]
-            )
-        if isinstance(value, dict):
-            changed = {name: self._picked(each, batch) for name, each in value.items()}
-            return type(value)(**changed) if hasattr(value, "__dataclass_fields__") else changed
-        if isinstance(value, (list, tuple)):
-            items = [self._picked(each, batch) for each in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
-
-    def _both(self, result: Any, perturbed: Any, batch: int) -> Any:
-        if isinstance(result, Tensor):
-            if result.ndim == 0 or result.shape[0] != batch or not result.dtype.is_floating_point:
-                return result
-            expected = (batch // len(self.rows) * sum(self.rows), *result.shape[1:])
-            if tuple(perturbed.shape) != expected:
-                raise SlothError(f"the perturbed call gives {tuple(perturbed.shape)}, where {expected} was expected")
-            return self._guided(result, perturbed)
-        if isinstance(result, (list, tuple)):
-            items = [self._both(*each, batch) for each in zip(result, perturbed, strict=True)]
-            return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
-        if isinstance(result, dict):
-            changed = {name: self._both(each, perturbed[name], batch) for name, each in result.items()}
-            return type(result)(**changed) if hasattr(result, "__dataclass_fields__") else changed
-        return result
+    def _both(self, result: Any, perturbed: Any, *, batch: int) -> Any:
+        if not isinstance(result, Tensor):
+            return result
+        if result.ndim == 0 or result.shape[0] != batch or not result.dtype.is_floating_point:
+            return result
+        expected = (batch // len(self.rows) * sum(self.rows), *result.shape[1:])
+        if tuple(perturbed.shape) != expected:
+            raise SlothError(f"the perturbed call gives {tuple(perturbed.shape)}, where {expected} was expected")
+        return self._guided(result, perturbed)
 
     def extra_repr(self) -> str:
         return str(self.spec)
+
+
+def picked(value: Any, groups: Groups, batch: int) -> Any:
+    """The rows of some ``groups`` of the batch: of a tensor that has a row for each, and of options that say how."""
+    if isinstance(value, HandedOn) and value.of_groups is not None:
+        return value.of_groups(groups)
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch or all(groups):
+        return value
+    return picked_groups(value, groups)
+
+
+def can_be_picked(call: Call) -> bool:
+    """Whether rows can be picked of a call: not where options of a host may go by the groups of the batch."""
+    return not any(isinstance(each, HandedOn) and each.of_groups is None for each in leaves(call))
 
 
 def _by_row(call: Call, batch: int) -> bool:
@@ -158,7 +168,7 @@ def _by_row(call: Call, batch: int) -> bool:
     args, kwargs = call
     given = [*args, *kwargs.values()]
     given += [item for each in given if isinstance(each, dict) for item in each.values()]
-    if any(isinstance(each, (list, tuple)) for each in given):
+    if any(isinstance(each, (list, tuple)) for each in given) or not can_be_picked(call):
         return False
     return all(each.ndim == 0 or each.shape[0] == batch for each in given if isinstance(each, Tensor))
 
@@ -199,7 +209,7 @@ def latent_argument(spec: PerturbationSpec, model: nn.Module, arguments: Argumen
 def why_not_shared(model: nn.Module, call: Call) -> str | None:
     """Why one call of ``model``, patched and perturbed, cannot serve both branches: tried on a copy without data.
 
-    Raises :class:`SlothError` for a model whose results are no predictions.
+    Raises :class:`SlothError` where the sites cannot be perturbed as asked: two calls could not either.
     """
     skeleton = Skeleton(model)
     args, kwargs = skeleton.fake_inputs(call)
@@ -211,6 +221,10 @@ def why_not_shared(model: nn.Module, call: Call) -> str | None:
     with skeleton.running():
         try:
             skeleton.model(*args, **kwargs)
+        except SlothError as error:
+            if not isinstance(error.__cause__, (TypeError, UnwritableError)):
+                raise
+            return f"{type(error.__cause__).__name__}: {error.__cause__}"
         except Exception as error:  # whatever the host's Python does with what stands for a tensor
             reason = str(error).strip().splitlines()
             return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"

@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
+from sloth_fx.nested import copied, leaves, mapped
 from sloth_fx.operators import KeyLayout
 from sloth_fx.operators.blur import blur_grid
 from sloth_fx.operators.perturbation import guided
 from sloth_fx.passes.attention_map import AttentionMap
 from sloth_fx.perturbation_specs import SAG
-from sloth_fx.perturbed import Perturbed
+from sloth_fx.perturbed import Perturbed, can_be_picked, picked
 from sloth_fx.prediction import Level, Prediction
 from sloth_fx.schedule import Moment
 
@@ -51,9 +53,9 @@ class SelfAttentionGuidance(Perturbed):
     def set_moment(self, moment: Moment, guidance_scale: float | None) -> None:
         """``guidance_scale`` is that of classifier-free guidance which takes what the model returns."""
         scale = self.spec.scale_at(moment)
-        if guidance_scale not in (None, 1) and not any(self.rows):
-            scale /= 1 - guidance_scale
+        takes_part = guidance_scale not in (None, 1) and not any(self.rows)
         self.scale.fill_(scale)
+        self.share.fill_(1 / (1 - guidance_scale) if guidance_scale is not None and takes_part else 1.0)
         self.trouble = self._trouble(moment, guidance_scale)
         # Without noise there is nothing to steer; of calls that are conditional or not, it steers those that are not.
         self.idle = moment.sigma == 0 or (all(self.rows) and guidance_scale is not None)
@@ -102,7 +104,7 @@ class SelfAttentionGuidance(Perturbed):
         latent = self.latent_of(args, kwargs)
         batch = self._checked_batch(latent)
         with recording(model) as site:
-            result = forward(*args, **kwargs)
+            result = forward(*copied(args), **copied(kwargs))
         prediction = _prediction_in(result, batch)
         level = Level(*self.numbers[:3])
         axes = self._axes(latent, prediction)
@@ -117,18 +119,34 @@ class SelfAttentionGuidance(Perturbed):
         moved = (x.to(precision) + level.signal * (blurred - clean)).to(latent.dtype)  # with the noise that it had
         own = self._own(latent, batch)
         degraded = torch.cat([moved, own.narrow(channel, count, own.shape[channel] - count)], channel)
-        args, kwargs = (self._exchanged(each, batch, latent, degraded) for each in (args, kwargs))
-        with self._of_asked(model):
-            again = forward(*args, **kwargs)
-        other = _prediction_in(again, len(moved)).narrow(channel, 0, count)
+        again, alone = self._asked_again(model, forward, (args, kwargs), batch, latent, degraded)
+        other = _prediction_in(again, len(moved) if alone else batch)
+        other = (other if alone else self._own(other, batch)).narrow(channel, 0, count)
         # As if that had been said of x: for the same noise, the prediction follows what is clean.
         other = other + (self.numbers[3] * (clean - blurred)).to(other.dtype)
         rest = self._own(prediction, batch).narrow(channel, count, prediction.shape[channel] - count)
-        scale: Any = self.scale
-        found = guided(
-            prediction, torch.cat([other, rest], channel), self.asked, scale=scale, rescale=self.spec.rescale
-        )
-        return mapped(result, lambda tensor: found if tensor is prediction else tensor)
+        numbers: Any = self.scale, self.share
+        scale, share = numbers
+        perturbed = torch.cat([other, rest], channel)
+        found = guided(prediction, perturbed, self.asked, scale=scale, rescale=self.spec.rescale, share=share)
+        return mapped(lambda each: found if each is prediction else each, result)
+
+    def _asked_again(
+        self, model: nn.Module, forward: Callable[..., Any], call: Call, batch: int, latent: Tensor, degraded: Tensor
+    ) -> tuple[Any, bool]:
+        """What the model gives for ``degraded`` in the place of these rows of the latent, and whether for these alone.
+
+        All rows are asked once more where the arguments cannot be told apart.
+        """
+        if not all(self.asked) and not can_be_picked(call):
+            groups = list(latent.chunk(len(self.asked)))
+            groups[self.asked.index(True)] = degraded
+            whole = torch.cat(groups)
+            args, kwargs = mapped(lambda each: whole if each is latent else each, call)
+            return forward(*args, **kwargs), False
+        args, kwargs = mapped(lambda each: degraded if each is latent else picked(each, self.asked, batch), call)
+        with self._of_asked(model):
+            return forward(*args, **kwargs), True
 
     def _axes(self, latent: Tensor, prediction: Tensor) -> str:
         axes = self.axes if self.axes is not None and len(self.axes) == latent.ndim else _AXES.get(latent.ndim, "")
@@ -167,13 +185,8 @@ class SelfAttentionGuidance(Perturbed):
 
     def _own(self, tensor: Tensor, batch: int) -> Tensor:
         """The rows that are degraded, of a tensor with a row for each of the batch."""
-        if all(self.asked) or tensor.ndim == 0 or tensor.shape[0] != batch:
-            return tensor
-        return tensor.chunk(len(self.asked))[self.asked.index(True)]
-
-    def _exchanged(self, value: Any, batch: int, old: Tensor, new: Tensor) -> Any:
-        """Arguments for the rows that are degraded, with ``new`` in the place of ``old``."""
-        return mapped(value, lambda tensor: new if tensor is old else self._own(tensor, batch))
+        found: Tensor = picked(tensor, self.asked, batch)
+        return found
 
     @contextmanager
     def _of_asked(self, model: nn.Module) -> Iterator[None]:
@@ -209,34 +222,12 @@ def _regroup(model: nn.Module, rows: tuple[bool, ...], halves: int) -> None:
                 operator.set_rows(rows)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
-
-
 def _prediction_in(result: Any, batch: int) -> Tensor:
-    found = [each for each in _tensors(result) if each.is_floating_point() and each.ndim > 2 and len(each) == batch]
+    tensors = [each for each in leaves(result) if isinstance(each, Tensor)]
+    found = [each for each in tensors if each.is_floating_point() and each.ndim > 2 and len(each) == batch]
     if len(found) != 1:
         raise SlothError(
             f"SAG has to find the prediction among what the model returns: one tensor with {batch} rows, and there are "
-            f"{len(found)} ({', '.join(str(tuple(each.shape)) for each in _tensors(result))})"
+            f"{len(found)} ({', '.join(str(tuple(each.shape)) for each in tensors)})"
         )
     return found[0]
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments or results of a model with each tensor what ``function`` makes of it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        changed = {name: mapped(each, function) for name, each in value.items()}
-        return type(value)(**changed) if hasattr(value, "__dataclass_fields__") else changed
-    if isinstance(value, (list, tuple)):
-        items = [mapped(each, function) for each in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value

@@ -1,7 +1,7 @@
 """What must hold of any guidance, tried on the model's own weights: a model that is guided wrongly says so at once.
 
-One call that serves both branches of a perturbed model gives what two calls give. A negative text that is the text itself, or a share of 0, gives what the model gives without guidance; and of another
-text the guided attentions read something else.
+A negative text that is the text itself, or a share of 0, gives what the model gives without guidance; and of another
+text the guided attentions read something else. One call for both branches of a perturbed model gives what two give.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _guided(model: nn.Module, call: Call, text: dict[str, Tensor], spec: NAG) ->
     return found, any(seen)
 
 
-def _set_layouts(model: nn.Module, **changes: bool) -> None:
+def _set_layouts(model: nn.Module, **changes: Any) -> None:
     for module in model.modules():
         layout = getattr(module, "layout", None)
         if isinstance(layout, KeyLayout):

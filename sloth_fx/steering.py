@@ -60,6 +60,7 @@ class Steering:
         self.clocks |= clocks([plan])
         if self.phases is not None:
             self.phases = replace(self.phases, by_sigma="sigma" in self.clocks)
+            _check_acts(plan, self.phases)
 
     @property
     def predicts(self) -> bool:
@@ -103,6 +104,19 @@ class Steering:
                     operator.set_layout(layout, setting.halves)
                 if changed:
                     _tell(operator, plan, setting)
+
+
+def _check_acts(plan: SitePlan, phases: Phases) -> None:
+    """Raise :class:`SlothError` for guidance that acts in a part of the run which is the middle of no phase."""
+    middles = [phases.middle(number) for number in range(phases.count)]
+    for spec in (plan.guiding, plan.perturbing):
+        if spec is None or any(spec.acts(moment) for moment in middles):
+            continue
+        if any(spec.acts(moment._replace(progress=progress / 1000)) for moment in middles for progress in range(1001)):
+            raise SlothError(
+                f"{type(spec).__name__} acts from start={spec.start} to stop={spec.stop}, and the middle of none of "
+                f"phases={phases.count} lies there: it would never act; take more phases, or leave phases out"
+            )
 
 
 def _tell(operator: Operator, plan: SitePlan, setting: Setting) -> None:

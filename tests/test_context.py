@@ -224,3 +224,33 @@ def test_a_copy_has_a_context_of_its_own(patched, context):
 def test_warmup_in_eager_mode_counts_the_sets_of_a_run(patched, context):
     values = models.inputs(patched)
     assert sloth_fx.warmup(patched, values, steps=10, progress=False) == len(context.moments(10))
+
+
+def test_warmup_meets_what_acts_within_a_step():
+    model = sloth_fx.transform(models.shared("sd15"), sloth_fx.PAG(start=0.01, stop=0.2))
+    context, values, met = sloth_fx.context(model), models.inputs(model), set()
+    model.register_forward_hook(lambda *_: met.add(context.layouts()))
+    assert sloth_fx.warmup(model, values, steps=4, progress=False) == len(context.moments(4)) == 2
+    assert met == {context.layouts() for i in range(4) if context.step(i, 4) is None}
+
+
+def test_what_was_saved_is_all_of_it(context):
+    context.at(0.5, sigma=7.0)
+    with context.saved():
+        context.at(0.1)
+    before = vars(context._timeline) | {}
+    context.at(0.5, sigma=7.0)
+    assert vars(context._timeline) == before
+
+
+@pytest.mark.parametrize(
+    ("spec", "fewest"),
+    [(sloth_fx.PAG(start=0.01, stop=0.2), 3), (sloth_fx.PAG(start=0.9), 5), (sloth_fx.NAG(stop=0.25), 3)],
+)
+def test_phases_do_not_switch_guidance_off_in_silence(spec, fewest):
+    for phases in range(1, fewest):
+        with pytest.raises(SlothError, match=rf"phases={phases} .* would never act"):
+            sloth_fx.transform(models.shared("sd15"), spec, phases=phases)
+    for phases in (None, fewest):
+        sloth_fx.transform(models.shared("sd15"), spec, phases=phases)
+    sloth_fx.transform(models.shared("sd15"), sloth_fx.PAG(scale=0.0, start=0.9), phases=2)

@@ -22,8 +22,8 @@ from sloth_fx import (
     SlothfulAttention,
     TokenDownsample,
     TokenMerging,
+    self_checks,
 )
-from sloth_fx import self_checks
 from sloth_fx.branching.rows import ROW_RULES
 from sloth_fx.capture.objects import HandedOn
 from tests import foreign, models
@@ -303,7 +303,9 @@ def test_a_call_that_cannot_be_shared_after_all():
             return super().forward(latent.flip(0) if turned else latent, timestep)
 
     found, _ = patched(Turning("names").double(), PAG(scale=SCALE, where=None), writing_call(2))
-    with pytest.raises(SlothError, match=r"Turning with PAG: this call, with a latent \(4, 4, 5, 7\), cannot serve both"):
+    with pytest.raises(
+        SlothError, match=r"Turning with PAG: this call, with a latent \(4, 4, 5, 7\), cannot serve both"
+    ):
         found(**writing_call(), turned=True)
 
 
@@ -335,7 +337,9 @@ class Controlled(torch.nn.Module):
         if control is not None and control["middle"]:
             latent = latent + control["middle"].pop()
         if options:
-            factors = torch.tensor(options["factors"]).to(latent).repeat_interleave(len(latent) // len(options["factors"]))
+            factors = (
+                torch.tensor(options["factors"]).to(latent).repeat_interleave(len(latent) // len(options["factors"]))
+            )
             latent = latent * factors.view(-1, 1, 1, 1)
         return self.inner(latent, timestep)
 
@@ -343,23 +347,22 @@ class Controlled(torch.nn.Module):
 @pytest.mark.parametrize("spec", [PAG(scale=SCALE, where=None), SAG(scale=SCALE, where=None)], ids=["PAG", "SAG"])
 def test_a_call_of_its_own_is_given_all_that_the_first_was(spec):
     plain, call = Controlled().double().eval(), writing_call()
-    more = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(4)).double()
+    more = torch.randn(4, 4, 5, 7, generator=torch.Generator().manual_seed(4)).double()
     found, context = patched(plain, spec, writing_call(2))
     call_of_its_own(found)
     context.at(0.3, sigma=1.0)
     context.prediction = "epsilon"
     seen = []
     found.inner.embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    control = {"middle": [more]}
     with torch.no_grad():
-        result = found(**call, control=control)
-    assert len(seen) == 2
+        result = found(**call, control={"middle": [more]})
+        torch.testing.assert_close(found(**call, control={"middle": [more] * 3}), result)
+        seen = seen[:2]
     torch.testing.assert_close(seen[0], call["latent"] + more)
     if isinstance(spec, PAG):
-        torch.testing.assert_close(seen[1], (call["latent"] + more)[COND])
+        torch.testing.assert_close(seen[1], seen[0])
         same = found(**{**call, "latent": call["latent"] + more})
         torch.testing.assert_close(result, same)
-    assert control["middle"] == []
 
 
 @pytest.mark.parametrize("says", [False, True])

@@ -64,7 +64,9 @@ class Rows(Branched):
         if self.parted or not any(each.parted for each in rows_in(written)):
             return
         if self.has_views:
-            raise UnwritableError("what differs between the branches is written into what was looked at in parts, or in another shape")
+            raise UnwritableError(
+                "what differs between the branches is written into what was looked at in parts, or in another shape"
+            )
         self.tensor, self.parted = self.stacked(), True
 
     @property

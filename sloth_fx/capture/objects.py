@@ -30,7 +30,12 @@ class HandedOn(UserDict[Any, Any]):
 
     Python that is captured finds it empty; a leaf that it is handed on to gets the one that came in. It is no ``dict``,
     because those are taken apart wherever calls are.
+
+    ``of_groups`` gives the options of a call with some groups of the batch alone, told for each whether it is among
+    them. Where it is None nobody can say what of the options goes by groups, and a call keeps all of its rows.
     """
+
+    of_groups: Callable[[tuple[bool, ...]], HandedOn] | None = None
 
 
 class _Plain:

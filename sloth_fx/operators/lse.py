@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sloth_fx.operators.masks import additive
+
 # The namespace raises for a name that a release does not have: None leads to the plain softmax.
 _CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
@@ -37,7 +39,7 @@ def attention_with_lse(
     A fused kernel where there is one for the device, the dtype and the shapes; otherwise a plain softmax in float32.
     Also plain where a gradient is needed, because the kernels have none for lse.
     """
-    bias = None if mask is None else _bias(mask, query.dtype)
+    bias = None if mask is None else additive(mask, query.dtype)
     out, lse = _attention(query, key, value, scale, bias)
     if bias is not None:  # kernels differ in what they give for a query that sees nothing
         blind = (bias == -torch.inf).all(-1).expand(lse.shape)
@@ -85,12 +87,6 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> T
     """
     weight = (lse2 - lse1).nan_to_num().sigmoid()
     return torch.lerp(out1, out2, weight.to(out1.dtype).unsqueeze(-1))
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return mask.to(dtype)
 
 
 def _aligned(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -46,6 +46,13 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril()
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``mask`` as what is added to scores: of the same shape in ``dtype``, -inf where a bool one hides."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
 def both_masks(mask: Tensor | None, other: Tensor) -> Tensor:
     """`mask` with all that the bool mask `other` hides hidden as well."""
     if mask is None:

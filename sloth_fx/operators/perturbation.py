@@ -11,6 +11,7 @@ from sloth_fx.errors import SlothError
 from sloth_fx.operators.blur import blur_grid
 from sloth_fx.operators.hashing import hashed
 from sloth_fx.operators.lse import attention_with_lse, merge_attention
+from sloth_fx.operators.masks import additive
 from sloth_fx.operators.sequence import split_image
 from sloth_fx.site import Place
 
@@ -61,8 +62,8 @@ def joint_identity_attention(
     if mask is None:
         found, lse = attention_with_lse(query, others, other_values, scale)
         return merge_attention(own_value, score, found, lse)
-    added = torch.zeros_like(mask, dtype=precision).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
-    left_mask, own_mask, right_mask = split_image(added.expand(-1, -1, tokens, -1), place, tokens, 3)
+    bias = additive(mask, precision).expand(-1, -1, tokens, -1)
+    left_mask, own_mask, right_mask = split_image(bias, place, tokens, 3)
     scores = (query.to(precision) * scale) @ others.to(precision).mT + torch.cat([left_mask, right_mask], 3)
     score = score + own_mask.diagonal(dim1=2, dim2=3)
     weights = torch.cat([score.unsqueeze(-1), scores], -1).softmax(-1).to(value.dtype)
@@ -104,7 +105,13 @@ def permutation(size: int, seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def guided(
-    prediction: Tensor, perturbed: Tensor, rows: tuple[bool, ...] = (True,), *, scale: float, rescale: float = 0.0
+    prediction: Tensor,
+    perturbed: Tensor,
+    rows: tuple[bool, ...] = (True,),
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    share: float = 1.0,
 ) -> Tensor:
     """The prediction p, steered away from the perturbed one p': p + d with d = scale * (p - p').
 
@@ -115,6 +122,7 @@ def guided(
             guidance of any kind is a sum of the groups' predictions with factors that add up to 1, so the result gets
             d as it is: u + w * (c - u) + d.
         scale, rescale: as in :class:`sloth_fx.perturbation_specs.PerturbationSpec`.
+        share: the part of d that is added, of :func:`share_of`.
 
     Returns:
         (B, ...) in the dtype of ``prediction``. Raises SlothError where some of several groups are guided, but not one.
@@ -126,9 +134,9 @@ def guided(
             'change the others get: say what they are with rows of the context, as in ("uncond", "cond")'
         )
     if count == len(rows):
-        return prediction + difference(prediction, perturbed, scale=scale, rescale=rescale)
+        return prediction + share * difference(prediction, perturbed, scale=scale, rescale=rescale)
     own = prediction.chunk(len(rows))[rows.index(True)]
-    change = difference(own, perturbed, scale=scale, rescale=rescale)
+    change = share * difference(own, perturbed, scale=scale, rescale=rescale)
     return prediction + change.repeat(len(rows), *[1] * (change.ndim - 1))
 
 
@@ -146,7 +154,7 @@ def difference(prediction: Tensor, perturbed: Tensor, *, scale: float, rescale: 
     return result * (rescale * own / theirs + 1 - rescale) - prediction
 
 
-def effective_scale(scale: float, guidance_scale: float | None) -> float:
-    """The scale for a call whose rows are all conditional, where classifier-free guidance with ``guidance_scale`` w
-    comes after it: u + w * (c + scale / w * (c - p) - u) = u + w * (c - u) + scale * (c - p). None: nothing comes."""
-    return scale if guidance_scale is None else scale / guidance_scale
+def share_of(guidance_scale: float | None) -> float:
+    """The part of d for a call whose rows are all conditional, where classifier-free guidance with ``guidance_scale`` w
+    comes after it: u + w * (c + d / w - u) = u + w * (c - u) + d, rescaled or not. None: nothing comes."""
+    return 1.0 if guidance_scale is None else 1 / guidance_scale

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from sloth_fx.operators.masks import additive
 
 _SCORES = 1 << 24
 """Scores that are held at a time, of one sample, all heads: 64 MiB in float32."""
@@ -34,7 +34,7 @@ def attention_received(query: Tensor, key: Tensor, scale: float | None = None, m
     found = []
     for row, (own, keys) in enumerate(zip(query, key, strict=True)):
         turned = keys.mT.to(precision) * scale
-        added = None if mask is None else _added(mask[row if mask.shape[0] > 1 else 0], precision)
+        added = None if mask is None else additive(mask[row if mask.shape[0] > 1 else 0], precision)
         sums = []
         for start in range(0, length, part):
             scores = own[:, start : start + part].to(precision) @ turned
@@ -43,9 +43,3 @@ def attention_received(query: Tensor, key: Tensor, scale: float | None = None, m
             sums.append(scores.softmax(-1).sum(1))
         found.append(torch.stack(sums).sum(0).mean(0))
     return torch.stack(found)
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)

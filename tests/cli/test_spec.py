@@ -1,6 +1,7 @@
 """``sloth-fx spec``."""
 
 import json
+from dataclasses import fields
 
 import pytest
 from PIL import Image
@@ -100,8 +101,8 @@ def test_convert_to_a_place_that_is_not_there(run, file, tmp_path):
 def test_list_has_every_kind_and_field(run):
     found = json.loads(run("spec", "list", "--json").out)
     for name, cls in SPECS.items():
-        default = cls()
-        assert list(found[name]) == list(vars(default))
+        assert list(found[name]) == [each.name for each in fields(cls)]
+    assert found["SLG"]["layers"]["default"] == "(none)"
     assert found["HyperTile"]["swap_size"] == {"default": "2", "takes": "a whole number from 1 to 16"}
     text = run("spec", "list").out
     assert all(f"{name}: " in text for name in found)

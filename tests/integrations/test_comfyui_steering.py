@@ -461,6 +461,11 @@ def by_group(query, key, value, extra):
     )
 
 
+def replaced_by_group(query, key, value, extra):
+    """As IP-Adapter where it replaces attention."""
+    return by_group(query, value, key, extra)[1].mean(1, keepdim=True) + query
+
+
 def halved(query, key, value, extra):
     return query, key[:, ::2], value[:, ::2]
 
@@ -502,25 +507,52 @@ COLLISIONS = {
 }
 
 
-@pytest.mark.parametrize("groups", [(1, 0), (0,)], ids=["both", "one"])
+@pytest.mark.parametrize("spec", [sloth_fx.SAG(), sloth_fx.PAG()], ids=["SAG", "PAG"])
 @pytest.mark.parametrize(
     "change",
     [
         lambda model: patches(model, attn2_patch=by_group),
-        lambda model: patches(model, attn2_output_patch=lambda out, extra: out),
-        lambda model: replaced(model, "attn2", ("input", 1), lambda q, k, v, extra: q * len(extra["cond_or_uncond"])),
+        lambda model: replaced(model, "attn2", ("input", 1), replaced_by_group),
     ],
-    ids=["patch", "output", "replace"],
+    ids=["patch", "replace"],
 )
-def test_patches_of_rows_with_self_attention_guidance(change, groups):
-    """The degraded call has the rows of one group, and such patches are told of all: IP-Adapter divides by that."""
-    base = patcher()
-    patched = change(patch_model(base, [sloth_fx.SAG()]))
-    if groups == (0,):  # both calls have the same rows
-        assert sample(patched, groups=groups).isfinite().all()
-        return
-    with pytest.raises(SlothError, match=r"patches attn2, or replaces it.*SAG.*PAG or SEG"):
-        sample(patched, groups=groups)
+def test_patches_of_rows_with_perturbed_guidance(change, spec):
+    """Together and apart the same: a call that degrades one group says so to whoever tells rows by their group."""
+    base, scale = patcher(), 3.0
+    patched, plain = change(patch_model(base, [spec])), patch_model(base, [spec])
+    for each in (patched, plain):
+        guider(each, scale)
+
+    def guided(model, *calls):
+        model.load()
+        with torch.no_grad():
+            found = {}
+            for groups in calls:
+                found |= dict(zip(groups, call(model, latents(), 3.5, SIGMAS, groups), strict=True))
+        model.unload()
+        return found[1] + scale * (found[0] - found[1])
+
+    together = guided(patched, (1, 0))
+    for calls in (((0, 1),), ((1,), (0,))):
+        assert (guided(patched, *calls) - together).abs().max() < 1e-5 * together.abs().max()
+    assert (together - guided(plain, (1, 0))).abs().max() > 1e-3
+    assert (together - guided(change(base), (1, 0))).abs().max() > 1e-3
+
+
+def test_a_degraded_call_has_one_group():
+    """What is asked once more are the rows of one text, and the options say which."""
+    seen = []
+
+    def noted(query, key, value, extra):
+        seen.append((len(query), extra["cond_or_uncond"], len(extra["uuids"])))
+        return query, key, value
+
+    patched = patches(patch_model(patcher(), [sloth_fx.SAG()]), attn2_patch=noted)
+    patched.load()
+    with torch.no_grad():
+        call(patched, latents(3), 3.5, SIGMAS, (1, 0))
+    patched.unload()
+    assert seen == [(6, [1, 0], 2)] * 4 + [(3, [1], 1)] * 4
 
 
 @pytest.mark.parametrize("case", COLLISIONS)

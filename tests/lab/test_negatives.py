@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, which import each other by name
@@ -109,9 +108,8 @@ def test_sides_differ_in_what_they_paint_and_the_pipeline_is_as_it_was(monkeypat
     assert pipe.encode_prompt == encode
 
 
-@pytest.mark.parametrize("count", [6])
-def test_tables_and_pictures(tmp_path, count):
-    random = np.random.default_rng(0)
+def test_tables_and_pictures(tmp_path):
+    count, random = 6, np.random.default_rng(0)
     found = {
         side.name: {name: random.integers(0, 2, count).tolist() for name in negatives.MEASURES}
         for side in negatives.all_sides()
@@ -124,4 +122,6 @@ def test_tables_and_pictures(tmp_path, count):
     )
     shown = {side.name: [Image.new("RGB", (64, 64), "red")] * 3 for side in negatives.SIDES}
     negatives_plots.grid(negatives.tasks(3)[:3], shown, tmp_path / "grid.png")
-    assert all(Image.open(tmp_path / name).size[0] > 400 for name in ("sweeps.png", "grid.png"))
+    for name in ("sweeps.png", "grid.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 400

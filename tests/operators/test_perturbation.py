@@ -11,11 +11,11 @@ from sloth_fx.operators.blur import blur_grid
 from sloth_fx.operators.perturbation import (
     blur_queries,
     difference,
-    effective_scale,
     guided,
     identity_attention,
     joint_identity_attention,
     permutation,
+    share_of,
     shuffle_tokens,
 )
 from sloth_fx.operators.self_attention_map import attention_received
@@ -175,8 +175,16 @@ def test_classifier_free_guidance_outside_gives_the_published_formula(weight):
     expected = uncond + weight * (cond - uncond) + 3.0 * (cond - perturbed)
     torch.testing.assert_close(u + weight * (c - u), expected)
     if weight:  # the same for a call that holds one group, when the other does not change
-        c = guided(cond, perturbed, scale=effective_scale(3.0, weight))
+        c = guided(cond, perturbed, scale=3.0, share=share_of(weight))
         torch.testing.assert_close(uncond + weight * (c - uncond), expected)
+
+
+def test_rescaled_it_is_the_same_in_one_call_and_in_two():
+    uncond, cond, perturbed = (normal(BATCH, 4, *GRID) for _ in range(3))
+    u, c = guided(torch.cat([uncond, cond]), perturbed, (False, True), scale=3.0, rescale=0.7).chunk(2)
+    own = guided(cond, perturbed, scale=3.0, rescale=0.7, share=share_of(5.0))
+    torch.testing.assert_close(uncond + 5 * (own - uncond), u + 5 * (c - u))
+    assert share_of(None) == 1
 
 
 def test_three_groups_of_an_edited_image():

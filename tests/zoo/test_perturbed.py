@@ -6,7 +6,7 @@ import pytest
 
 import sloth_fx
 from sloth_fx import PAG, SEG
-from tests.perturbed_by_hand import itself, itself_and_others, mean_queries, two_calls
+from tests.perturbed_by_hand import itself, itself_and_others, mean_queries, rows_of, two_calls
 from tests.zoo.compare import at, difference
 from tests.zoo.registry import MODELS, run, shared
 
@@ -71,6 +71,19 @@ def test_it_equals_two_calls(name, spec):
     found = at(patched, PROGRESS, call)
     assert difference(found, guided(*expected)) < 1e-5
     assert difference(found, expected[0]) > 0.01
+
+
+@pytest.mark.parametrize("name", [name for name, shares in FAMILIES.items() if shares])
+def test_a_single_row(name):
+    """One image, one text: what a host folds into the batch, and takes out of it, is still told from rows."""
+    call, model = rows_of(MODELS[name].inputs(), 2, [1]), shared(name)
+    patched = transformed(name, PAG(scale=SCALE))
+    sloth_fx.context(patched).rows = ("cond",)
+    numbers, known = acting(patched, name)
+    attention = itself_and_others(known.image, math.prod(known.grid)) if known.kind == "joint" else itself
+    p, q = two_calls(model, call, numbers, attention, batch=1, rows=[0], run=run)
+    expected = [one + SCALE * (one - other) for one, other in zip(p, q, strict=True)]
+    assert difference(at(patched, PROGRESS, call), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -75,22 +75,6 @@ def check_patches(options: Options, acted: Collection[str]) -> None:
             )
 
 
-def check_degraded(options: Options) -> None:
-    """Raise :class:`SlothError` for patches of attention in ``options``, in a call of which SAG degrades some rows.
-
-    It asks once more about those alone, and ``options`` go on to name all groups of the batch, by which IP-Adapter and
-    its like find the rows of the positive.
-    """
-    patches, replacing = options.get("patches") or {}, options.get("patches_replace") or {}
-    found = [(name.split("_")[0], each) for name in patches if name.startswith("attn") for each in patches[name]]
-    found += [(name, each) for name, blocks in replacing.items() for each in blocks.values()]
-    for name, function in found:
-        raise SlothError(
-            f"{describe(function)} patches {name}, or replaces it, and may tell rows by the groups of the batch, of "
-            "which SAG asks about one alone: leave one of them out, or take PAG or SEG"
-        )
-
-
 def _blocks(path: str) -> list[tuple[Any, ...]]:
     """(attention, block) as patches of a UNet have it, for a whole block and for one of its transformers."""
     found = _IN_UNET.fullmatch(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,15 +13,15 @@ from sloth_fx.bind import is_bound
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.dynamo import never_compile, outside_graphs
 from sloth_fx.errors import SlothError
-from sloth_fx.integrations.comfy.collisions import check_degraded, check_modules, check_patches, guarded
+from sloth_fx.integrations.comfy.collisions import check_modules, check_patches, guarded
 from sloth_fx.integrations.comfy.sampling import moment_of, prediction_of
 from sloth_fx.patch import patch_of
-from sloth_fx.perturbation_specs import SAG
 
 KEY = "sloth_fx"
 """Under which ``transformer_options`` hold a :class:`Source`."""
 
 _ROWS = {0: "cond", 1: "uncond"}  # of cond_or_uncond; others are groups of somebody else's
+_BY_GROUP = ("cond_or_uncond", "uuids")  # options with one entry for each group
 
 
 class Source:
@@ -74,7 +75,6 @@ class Driver:
         patch = patch_of(model)
         self._context = patch.context
         self._kinds = frozenset(site.kind for site in patch.report if site.operators)
-        self._degrades = any(isinstance(each, SAG) for each in patch.specs)
         self._acted = frozenset(site.path for site in patch.report if site.operators)
         self._owners = {
             path: (owner, owner.__dict__["forward"].__func__)
@@ -102,16 +102,16 @@ class Driver:
             )
         check_modules(model, self._owners)
         check_patches(options, self._acted)
-        rows = tuple(_ROWS.get(each, f"group {each}") for each in options.get("cond_or_uncond") or [0])
-        if self._degrades and {"cond"} < set(rows):
-            check_degraded(options)
         self._context.at(*moment_of(options, source.base.model_sampling))
         self._context.prediction = prediction_of(source.base.model_sampling)
-        self._context.rows = rows
+        groups = options.get("cond_or_uncond") or [0]
+        self._context.rows = tuple(_ROWS.get(each, f"group {each}") for each in groups)
         self._context.guidance_scale = source.guidance_scale
         if source.negative is not None:
             self._tell_negative(source, args, kwargs)
-        return HandedOn(guarded(options, self._kinds))
+        handed = HandedOn(guarded(options, self._kinds))
+        handed.of_groups = functools.partial(_of_groups, dict(handed))
+        return handed
 
     def _tell_negative(self, source: Source, args: Any, kwargs: dict[str, Any]) -> None:
         """The negative text, at the first step of a run (weights may have changed) and where the latent is another."""
@@ -128,6 +128,17 @@ class Driver:
 
 def _drive(driver: Driver, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> HandedOn:
     return driver.drive(model, args, kwargs)
+
+
+def _of_groups(options: Mapping[str, Any], groups: tuple[bool, ...]) -> HandedOn:
+    """The options of a call that has some groups of the batch alone: IP-Adapter and its like find the rows of the
+    positive by them."""
+    kept = {
+        name: [each for each, there in zip(options[name], groups, strict=True) if there]
+        for name in _BY_GROUP
+        if len(options.get(name) or ()) == len(groups)
+    }
+    return HandedOn({**options, **kept})
 
 
 def negative_arguments(base: Any, negative: Sequence[Any], latent: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
