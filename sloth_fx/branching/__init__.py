@@ -2,10 +2,11 @@
 
 from sloth_fx.branching import row_rules, row_shapes, rules, writes  # noqa: F401  (registers them)
 from sloth_fx.branching.attention import Read, attend_branches
+from sloth_fx.branching.in_place import UnwritableError
 from sloth_fx.branching.lengths import Length
 from sloth_fx.branching.mode import TwoLengths, run_apart, take_lengths
 from sloth_fx.branching.rows import Groups, Rows, apart, by_rows, each_row, parted, picked_groups, rows_in
-from sloth_fx.branching.values import Branched, Pair, Tokens, UnwritableError, positive_of, together
+from sloth_fx.branching.values import Branched, Pair, Tokens, positive_of, together
 
 __all__ = [
     "Branched",

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth_fx.branching.values import Branched, UnwritableError, name_of, writes
+from sloth_fx.branching.in_place import UnwritableError, writes
+from sloth_fx.branching.values import Branched, name_of
 
 Groups = tuple[bool, ...]
 """For each group of a batch, one after another, whether it is in the other branch as well."""

@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sloth_fx.branching.in_place import IN_PLACE, UnwritableError, writes
 from sloth_fx.branching.lengths import Length, both, number
-
-
-class UnwritableError(RuntimeError):
-    """Something that differs between the branches would be written where it would be lost, or be seen by both.
-
-    It is no TypeError: for one, torch would compute ``tensor += value`` as ``tensor + value`` in silence.
-    """
 
 
 class Branched:
@@ -118,14 +112,7 @@ def _in_place(method: str) -> Callable[..., Any]:
     return write
 
 
-_IN_PLACE = {
-    **{f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul", "pow")},
-    "__itruediv__": "div_",
-    "__ifloordiv__": "floor_divide_",
-    "__imod__": "remainder_",
-    **{f"__i{name}__": f"bitwise_{name}_" for name in ("and", "or", "xor")},
-}
-for _name, _method in _IN_PLACE.items():
+for _name, _method in IN_PLACE.items():
     setattr(Branched, _name, _in_place(_method))
 
 
@@ -288,12 +275,6 @@ def paired(positive: Any, negative: Any) -> Any:
         items = [paired(*each) for each in zip(positive, negative, strict=True)]
         return type(positive)(*items) if hasattr(positive, "_fields") else type(positive)(items)
     return both(positive, negative)
-
-
-def writes(function: Any) -> bool:
-    """Whether a function writes into its first argument; other than by an index."""
-    name = str(getattr(function, "__name__", ""))
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _check_writes(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sloth_fx.errors import SlothError
 from sloth_fx.operators.blur import blur_grid
+from sloth_fx.operators.masks import additive
 from sloth_fx.operators.perturbation import (
     blur_queries,
     difference,
@@ -221,3 +222,12 @@ def test_what_each_key_receives(monkeypatch, heads, limit):
     found = attention_received(query, key, 0.3)
     torch.testing.assert_close(found, matrix.mean(1).sum(1))
     torch.testing.assert_close(found.mean(), torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_masks_that_are_added(dtype):
+    hides = torch.arange(15).view(3, 1, 1, 5) % 3 == 0
+    assert additive(~hides, dtype).tolist() == torch.where(hides, -math.inf, 0.0).tolist()
+    bias = normal(3, 1, 1, 5)
+    assert torch.equal(additive(bias, dtype), bias.to(dtype))
+    assert additive(~hides, dtype).dtype == additive(bias, dtype).dtype == dtype
