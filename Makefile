@@ -24,7 +24,7 @@ help: ## this list
 	@echo '  ARGS="..." is passed on (make test ARGS="tests/test_spec.py -x"), PYTHON=python3.12 chooses the Python for'
 	@echo '  .venv, and PIP_ARGS="..." is for pip.'
 
-demo: $(READY) ## images of the lab's pipelines without and with each operator, as pictures in out/ (2 minutes)
+demo: $(READY) ## images of the lab's pipelines without and with each operator, as a picture in out/ (30 seconds)
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY) ## run the tests
