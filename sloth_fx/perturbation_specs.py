@@ -143,7 +143,7 @@ class SLG(PerturbationSpec):
     """Skip-layer guidance: the perturbed prediction is that of the model without some of its blocks.
 
     layers: which blocks, by their numbers in the order in which they run, from 0, or by their paths. A block is the
-    outermost module of a list that holds one of the sites that `where` selects; None is all sites. scale, start, stop,
+    innermost module of a list that holds one of the sites that `where` selects; None is all sites. scale, start, stop,
     rescale: as in :class:`PerturbationSpec`.
 
     Source: Stable Diffusion 3.5's skip-layer guidance, with diffusers' values.

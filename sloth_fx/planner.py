@@ -177,10 +177,11 @@ def _middle_block(sites: Sequence[AttentionSite]) -> tuple[list[AttentionSite], 
 
 
 def block_of(path: str) -> str | None:
-    """The block of a stack that holds a module: the path down to the first number."""
+    """The block of a stack that holds a module: the path down to the last number above it, or to its own."""
     parts = path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    return None if number is None else ".".join(parts[: number + 1])
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    above = [index for index in numbers if index + 1 < len(parts)] or numbers
+    return ".".join(parts[: above[-1] + 1]) if above else None
 
 
 def _selected(

@@ -259,6 +259,30 @@ def test_skipped_blocks(joint):
         assert torch.equal(run(found, call), expected[0])
 
 
+def test_skipped_blocks_of_a_unet(unet):
+    call, path = unet_inputs(unet), "up_blocks.1.attentions.1.transformer_blocks.0"
+    without = copy.deepcopy(unet)
+    without.get_submodule(path).forward = lambda hidden_states, *_, **__: hidden_states
+    with torch.no_grad():
+        expected = run(unet, call), run(without, rows_of(call, BATCH, COND))
+        for layer in (path, _order(unet, call).index(path)):
+            found, _ = patched(unet, SLG(layers=[layer], scale=SCALE), unet_inputs(unet, 2), progress=0.1)
+            torch.testing.assert_close(run(found, call), guided(*expected))
+    assert (expected[0][COND] - expected[1]).abs().max() > 1e-3
+
+
+def _order(model, call):
+    """The transformer blocks in the order in which they run."""
+    seen, hooks = [], []
+    for name, module in model.named_modules():
+        if name.endswith("transformer_blocks.0"):
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: seen.append(name)))
+    run(model, call)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 # What it costs
 
 
@@ -326,9 +350,8 @@ def test_what_cannot_be(unet):
         ([PAG(), SEG()], "PAG and SEG: each is a perturbed prediction of its own"),
         (PAG(where="cross"), "PAG acts on self-attention and joint attention"),
         (PAG(where="mid_blck*"), "nearest: middle, mid_block"),
-        (SLG(layers=[99]), "block 99 does not exist: it has blocks 0 to 6"),
-        (SLG(layers=["mid_blck"]), "block 'mid_blck' is unknown, nearest: "),
-        (SLG(layers=[0]), "which input of down_blocks.0 its output 0 continues is not clear"),
+        (SLG(layers=[99]), "block 99 does not exist: it has blocks 0 to 9"),
+        (SLG(layers=["mid_block.attentions.0.transformer_block.0"]), "is unknown, nearest: "),
     ):
         with pytest.raises(SlothError, match=message):
             sloth_fx.transform(unet, spec, example_inputs=call)
