@@ -49,16 +49,17 @@ def why_not_checked(model: nn.Module, call: Call, tokens: int) -> str | None:
     return None
 
 
-def check_guidance(model: nn.Module, call: Call) -> None:
+def check_guidance(model: nn.Module, call: Call) -> str | None:
     """Raise :class:`SlothError` unless guidance of ``model``, patched and with branches, does on a ``call`` what any
-    guidance does. It takes three to four times as long as the call; neither the model nor a random state changes."""
+    guidance does; or say why that cannot be seen. It takes three to four times as long as the call; neither the model
+    nor a random state changes."""
     trial = Rehearsal(model)
     trial.model.eval()
     device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     args, kwargs = substitute(call, lambda each: each.detach().to(device))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), trial.running():
-        _check(trial.model, (args, kwargs))
+        return _check(trial.model, (args, kwargs))
 
 
 def shared_otherwise(model: nn.Module, call: Call) -> str | None:
@@ -89,7 +90,7 @@ def _perturbed(model: nn.Module, call: Call, *, shares: bool) -> list[Tensor]:
         return _floats(trial.model(*args, **kwargs))
 
 
-def _check(model: nn.Module, call: Call) -> None:
+def _check(model: nn.Module, call: Call) -> str | None:
     branches = model._modules[NAME]
     assert isinstance(branches, Branches)
     text = [id(each) for each in branches.arguments.text(*call).values()]
@@ -100,10 +101,10 @@ def _check(model: nn.Module, call: Call) -> None:
     _set_layouts(model, guided=False)
     try:
         base = _floats(model(*call[0], **call[1]))
-    except Exception:
-        return  # it does not run here, such as half precision on a CPU
+    except Exception as error:  # half precision on a CPU, say
+        return f"unguided it does not run here: {type(error).__name__}"
     if not all(each.isfinite().all() for each in base):
-        return  # weights that are not loaded yet
+        return "what it gives is not finite"
 
     _set_layouts(model, guided=True)
     found, reads = _guided(model, call, {name: _other(each) for name, each in own.items()}, _NOTHING)
@@ -117,6 +118,7 @@ def _check(model: nn.Module, call: Call) -> None:
     found, _ = _guided(model, call, own, _PLAIN)
     if not _near(found, base):
         raise SlothError(f"{name}: a negative text that is the text itself changes what the model gives. {_ADVICE}")
+    return None
 
 
 _ADVICE = "The negative text would guide it wrongly, so it is refused"

@@ -157,8 +157,8 @@ class _Request:
             way = "what both texts have in common is computed once" if reason is None else f"two branches: {reason}"
             unchecked = why_not_checked(model, call, branching.site.q_tokens * keys.arguments.rows(*call))
             if unchecked is None:
-                check_guidance(model, call)
-            else:
+                unchecked = check_guidance(model, call)
+            if unchecked is not None:
                 way += f", not tried beforehand: {unchecked}"
             notes.update((each.site.name, f"{notes[each.site.name]}; {way}") for each in plan.sites if each.branching)
             patch.context.attach(branching, [branches])

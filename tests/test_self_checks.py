@@ -72,6 +72,15 @@ def test_what_is_not_tried_is_reported(monkeypatch):
     assert any("not tried beforehand: there is no data" in site.note for site in sloth_fx.report(transformed(empty)))
 
 
+def test_what_cannot_be_seen_is_reported():
+    """A model whose weights are to be loaded later."""
+    model = copy.deepcopy(shared(SD3))
+    torch.nn.init.constant_(model.proj_out.weight, torch.nan)
+    assert any(
+        "not tried beforehand: what it gives is not" in site.note for site in sloth_fx.report(transformed(model))
+    )
+
+
 def test_after_a_failed_first_call_the_next_one_is_right(monkeypatch):
     call = MODELS[SD3].inputs()
     patched = sloth_fx.transform(shared(SD3), NAG(), example_inputs="first call")
