@@ -114,7 +114,7 @@ def unet() -> UNet2DConditionModel:
 def dit() -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
-        patch_size=1,
+        patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         num_layers=6,

@@ -263,8 +263,8 @@ class Flow(Denoising):
 
 def with_silence(text: Tensor, random: np.random.Generator) -> Tensor:
     """The tokens of a text, and after them those of a T5 that says nothing: zeros, 1 to 256 of them, because the
-    pipeline takes as many as its ``max_sequence_length``, and no number may matter."""
-    count = round(256 ** random.random())
+    pipeline takes as many as its ``max_sequence_length``, and no number may matter. Mostly few: they cost time."""
+    count = round(256 ** random.random() ** 4)
     return F.pad(text, (0, 0, 0, count))
 
 
