@@ -295,13 +295,19 @@ def publish(options: argparse.Namespace, name: str, *tables: Table) -> None:
 
 def environment(options: argparse.Namespace) -> str:
     """One line: machine, versions, commit, date."""
-    chip = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else _processor()
     tiny = ", **tiny model: these times mean nothing**" if options.tiny else ""
     return (
-        f"{chip} ({torch.get_num_threads()} CPU threads), {str(options.dtype).removeprefix('torch.')}, "
-        f"batch {options.batch}{tiny}; torch {torch.__version__}, diffusers {metadata.version('diffusers')}, "
+        f"{_machine(options.device)}, {str(options.dtype).removeprefix('torch.')}, batch "
+        f"{options.batch}{tiny}; torch {torch.__version__}, diffusers {metadata.version('diffusers')}, "
         f"Python {platform.python_version()}; commit {_commit()}, {datetime.date.today()}"
     )
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "meta":
+        return "no device, counted"
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{chip} ({torch.get_num_threads()} CPU threads)"
 
 
 @cache
