@@ -77,6 +77,7 @@ SWEEPS = {
     "scale": [Side(f"NAG scale={value:g}", replace(BASE, scale=value)) for value in (2.0, 3.0, 8.0, 12.0)],
     "tau": [Side(f"NAG tau={value:g}", replace(BASE, tau=value)) for value in (1.0, 1.5, 5.0, math.inf)],
     "alpha": [Side(f"NAG alpha={value:g}", replace(BASE, alpha=value)) for value in (0.125, 0.5, 0.75, 1.0)],
+    "stop": [Side(f"NAG stop={value:g}", replace(BASE, stop=value)) for value in (0.25, 0.5, 0.75)],
 }
 ABLATIONS = (  # besides tau=inf, which does not normalise, and alpha=1, which does not blend
     Side("NAG norm=l2", replace(BASE, norm="l2")),

@@ -37,7 +37,7 @@ def sweeps(
             axes.grid(axis="y", color=FAINT, alpha=0.3)
         row[0].set_ylabel("% of images, 95 % intervals")
         row[0].set_ylim(0, 102)
-        row[-1].legend(frameon=False, loc="center right")
+        row[0].legend(frameon=False, loc="center left")
         figure.suptitle(f"{model}: NAG; dotted: no negative prompt", fontweight="bold", x=0.012, ha="left")
         figure.savefig(path)
         plt.close(figure)

@@ -49,7 +49,7 @@ PLANS: dict[str, tuple[int, int, float]] = {
     "vae": (2000, 32, 1e-3),
     "judge": (9000, 64, 5e-4),
     "unet": (6000, 64, 8e-4),
-    "dit": (6000, 64, 6e-4),
+    "dit": (12000, 64, 6e-4),
     "unet-student": (1200, 32, 1e-4),
     "dit-student": (1200, 32, 1e-4),
 }

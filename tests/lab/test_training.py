@@ -169,8 +169,11 @@ def test_teachers_lose_nothing_on_what_they_are_asked_for():
 
 
 @pytest.mark.parametrize("count", [1, 7, 48])
-def test_the_silent_encoder_gives_as_many_zeros_as_it_is_asked_for(count):
+def test_the_silent_encoder_gives_as_many_zeros_as_it_is_asked_for(count, tmp_path):
     words, encoder = models.silent_encoder()
+    words.save_pretrained(tmp_path)
+    words = type(words).from_pretrained(tmp_path)
+    assert words(["", "a red\ncircle, and more"]).input_ids == [[words.eos_token_id]] * 2  # nothing to truncate
     ids = words("a red circle", padding="max_length", max_length=count, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(encoder(ids)[0], torch.zeros(1, count, 2 * models.TEXT_WIDTH))
 
