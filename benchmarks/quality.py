@@ -12,9 +12,8 @@ measured, and what the words mean, is in docs/quality.md.
 
 from __future__ import annotations
 
-import argparse
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,24 @@ RENDERINGS = 3000  # for the Frechet distance
 FEWEST = 4  # images a point, to have a covariance
 
 
-def arguments() -> Namespace:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(doc: str | None, out: str, page: str) -> ArgumentParser:
+    """The options of all that measures images of the lab. Some defaults are filled in by :func:`parse`."""
+    options = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     options.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     options.add_argument("--images", type=int, help="a point, rounded up to batches; 300 on a CPU, else 1000")
     options.add_argument("--steps", type=int, default=20)
-    options.add_argument("--guidance", type=float, default=4.0)
     options.add_argument("--batch", type=int, help="images painted at once; 25 on a CPU, else 100")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
     options.add_argument("--points", nargs="+", metavar="NAME", help="only those whose name contains one of these")
     options.add_argument("--report", action="store_true", help="make no images, only write the report")
-    options.add_argument("--out", type=Path, default=ROOT / "out" / "quality", help="where results are kept")
-    options.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
+    options.add_argument("--out", type=Path, default=ROOT / "out" / out, help="where results are kept")
+    options.add_argument("--page", type=Path, default=ROOT / "docs" / page)
     options.add_argument("--list", action="store_true", help="the names of all points, and nothing else")
+    return options
+
+
+def parse(options: ArgumentParser) -> Namespace:
+    """The options as given, and the device's defaults where they are not."""
     given = options.parse_args()
     on_cpu = given.device.type == "cpu"
     given.images = given.images or (300 if on_cpu else 1000)
@@ -59,14 +63,14 @@ def arguments() -> Namespace:
 
 
 def main() -> None:
-    options = arguments()
+    arguments = parser(__doc__, "quality", "quality.md")
+    arguments.add_argument("--guidance", type=float, default=4.0)
+    options = parse(arguments)
     if options.list:
         print("\n".join(point.name for point in chosen(None)))
         return
     torch.set_grad_enabled(False)
-    for folder, network in (("judge", "judge"), *((name, MODELS[name]) for name in options.models)):
-        if not (LAB / folder).is_dir():
-            raise SystemExit(f"{LAB / folder} is not there: python examples/lab/train.py {network} makes it")
+    require("judge", *options.models)
     judge = Judge(LAB / "judge")
     reals = renderings(judge, options.out)
     batches = -(-options.images // options.batch)
@@ -83,20 +87,35 @@ def main() -> None:
         publish(model, store, batches, reals, options.page)
 
 
+def require(*folders: str) -> None:
+    """Raises SystemExit, saying how to make it, where a model of the lab is not there."""
+    for folder in folders:
+        if not (LAB / folder).is_dir():
+            network = MODELS.get(folder, folder)
+            raise SystemExit(f"{LAB / folder} is not there: python examples/lab/train.py {network} makes it")
+
+
 def chosen(names: Sequence[str] | None) -> list[Point]:
     """The points with such names, and always the unpatched ones."""
-    found = list(points().values())
+    return [UNPATCHED, OTHER_SEEDS, *named(points().values(), names)]
+
+
+def named(found: Iterable[Point], names: Sequence[str] | None) -> list[Point]:
+    """The points whose name contains one of ``names``, all for None. Raises SystemExit for a name that is in none."""
+    found = list(found)
     for name in names or ():
         if not any(name in each.name for each in found):
             raise SystemExit(f"no point has {name!r} in its name; --list shows them")
-    kept = [each for each in found if names is None or any(name in each.name for name in names)]
-    return [UNPATCHED, OTHER_SEEDS, *kept]
+    return [each for each in found if names is None or any(name in each.name for name in names)]
 
 
 def pipeline(model: str, device: torch.device) -> Any:
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(LAB / model).to(device, torch.float32)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(memory_format=torch.channels_last)  # convolutions of a CPU take less time so
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

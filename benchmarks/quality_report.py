@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from quality_measures import MEASURES
 from quality_points import CLAIMS, OTHER_SEEDS, SERIES, STRENGTHS, UNPATCHED, Claim, Point, Series, points
 from quality_statistics import Estimate, Reference, breaks_at, change, harmless_until, jackknife, verdict
-from quality_store import Batch, Conditions, Store, evaluate
+from quality_store import Batch, Conditions, Store, evaluate, features
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,16 @@ class Report:
 def gather(model: str, store: Store, batches: int, renderings: NDArray[np.float64]) -> Report | None:
     """What the store has in the first ``batches`` of each point, on the images that all have; None if the unpatched
     model has none. ``renderings``: features (N, F) of real renderings."""
-    done = {point: _done(store, point, batches) for point in (UNPATCHED, OTHER_SEEDS, *points().values())}
+    done = {point: store.done(point, batches) for point in (UNPATCHED, OTHER_SEEDS, *points().values())}
     enough = min(done[UNPATCHED], done[OTHER_SEEDS])
     if enough == 0:
         return None
-    enough = max(1, enough - 1) if any(count == enough - 1 for count in done.values()) else enough  # stopped in a lap
+    enough = whole_laps(done, enough)
     finished = {point: store.load(point, range(enough)) for point, number in done.items() if number >= enough}
     real = Reference(renderings)
-    others = Reference(_features(finished[OTHER_SEEDS]))
+    others = Reference(features(finished[OTHER_SEEDS]))
     base = finished[UNPATCHED]
-    without = real.without(_features(base))
+    without = real.without(features(base))
     return Report(
         model=model,
         machine=base[-1].machine,
@@ -86,9 +85,14 @@ def gather(model: str, store: Store, batches: int, renderings: NDArray[np.float6
     )
 
 
-def _done(store: Store, point: Point, batches: int) -> int:
-    """How many batches there are from the first on."""
-    return next(index for index in count() if index == batches or not store.has(point, index))
+def whole_laps(done: Mapping[Point, int], enough: int) -> int:
+    """``enough`` batches, or one less where some points have so many: it was stopped in a lap."""
+    return max(1, enough - 1) if enough - 1 in done.values() else enough
+
+
+def share(flags: NDArray[np.float64]) -> Estimate:
+    """The share of ones, with Wilson's interval."""
+    return Estimate(float(flags.mean()), *evaluate.interval(int(flags.sum()), len(flags)))
 
 
 def _result(
@@ -98,25 +102,21 @@ def _result(
     others: Reference,
     base_without: NDArray[np.float64],
 ) -> Result:
-    features, measures = _features(made), np.concatenate([each.measures for each in made])
+    shown, measures = features(made), np.concatenate([each.measures for each in made])
     right, right_before = (np.concatenate([each.measures[:, 0] for each in side]) for side in (made, base))
-    distance, without = real.distance(features), real.without(features)
-    before = real.distance(_features(base))
+    distance, without = real.distance(shown), real.without(shown)
+    before = real.distance(features(base))
     return Result(
-        accuracy=Estimate(float(right.mean()), *evaluate.interval(int(right.sum()), len(right))),
+        accuracy=share(right),
         accuracy_change=change(right_before, right),
         frechet=jackknife(distance, without),
         frechet_change=jackknife(distance - before, without - base_without),
-        from_unpatched=others.distance(features),
+        from_unpatched=others.distance(shown),
         time=Spread.of(each.seconds / first.seconds for each, first in zip(made, base, strict=True)),
         seconds=sum(each.seconds for each in made) / len(right),
         measures=measures,
         thumbnails=made[0].thumbnails,
     )
-
-
-def _features(batches: Sequence[Batch]) -> NDArray[np.float64]:
-    return np.concatenate([each.features for each in batches]).astype(np.float64)
 
 
 # Text
@@ -128,8 +128,8 @@ def text(report: Report) -> str:
     parts = [
         f"{report.machine}; {report.images} images a point, {conditions.steps} steps, "
         f"guidance {conditions.guidance:g}.",
-        f"Unpatched: {_points(plain.accuracy)} % of the prompts are right, Frechet distance to renderings "
-        f"{plain.frechet:.2f}, {plain.seconds:.2f} s an image. From other noise: {_points(other.accuracy)} %, "
+        f"Unpatched: {100 * plain.accuracy:.1f} % of the prompts are right, Frechet distance to renderings "
+        f"{plain.frechet:.2f}, {plain.seconds:.2f} s an image. From other noise: {100 * other.accuracy:.1f} %, "
         f"{other.frechet:.2f}. Between these two sets of images, which differ by chance alone, the distance is "
         f"{plain.from_unpatched:.2f}.",
         str(regions(report)),
@@ -156,13 +156,13 @@ def regions(report: Report) -> Table:
         cells = [series.title, series.parameter]
         if safe:
             label, last = settings[safe - 1]
-            cells += [label, _signed(last.frechet_change, ".2f"), f"{last.time:.2f}"]
+            cells += [label, f"{last.frechet_change:+.2f}", f"{last.time:.2f}"]
         else:
             cells += ["none of these", "", ""]
         if broken is None:
             cells += ["none of these", ""]
         else:
-            cells += [settings[broken][0], _points(settings[broken][1].accuracy)]
+            cells += [settings[broken][0], f"{100 * settings[broken][1].accuracy:.1f}"]
         table.add(*cells)
     return table
 
@@ -181,7 +181,7 @@ def claims(report: Report) -> Table:
             *(f"{side.mean():.3g} at {label}" for side, label in zip((before, after), labels, strict=True)),
         ]
         answer = verdict(moved, claim.direction, float(before.mean()))
-        table.add(claim.text, claim.at, claim.measure, *means, _signed(moved, ".3f"), f"**{answer}**")
+        table.add(claim.text, claim.at, claim.measure, *means, f"{moved:+.3f}", f"**{answer}**")
     return table
 
 
@@ -199,23 +199,11 @@ def everything(report: Report) -> Table:
             listed.add(id(each))
             table.add(
                 *(series.title, series.parameter, label),
-                *(_points(each.accuracy), _signed(_scaled(each.accuracy_change), ".1f")),
-                *(f"{each.frechet:.2f}", _signed(each.frechet_change, ".2f"), f"{each.from_unpatched:.2f}"),
+                *(f"{100 * each.accuracy:.1f}", f"{100 * each.accuracy_change:+.1f}"),
+                *(f"{each.frechet:.2f}", f"{each.frechet_change:+.2f}", f"{each.from_unpatched:.2f}"),
                 f"{each.time:.2f}",
             )
     return table
-
-
-def _scaled(share: Estimate) -> Estimate:
-    return Estimate(100 * share.value, 100 * share.low, 100 * share.high)
-
-
-def _points(share: Estimate) -> str:
-    return f"{_scaled(share):.1f}"
-
-
-def _signed(moved: Estimate, form: str) -> str:
-    return f"{moved:+{form}}"
 
 
 def insert(page: Path, model: str, section: str) -> None:

@@ -47,7 +47,7 @@ class Conditions:
 @dataclass(frozen=True)
 class Batch:
     """``features`` (N, F) of the judge; ``measures`` (N, len(MEASURES)); ``seconds`` of the pipeline's call;
-    ``thumbnails`` (0 or THUMBNAILS, 64, 64, 3); ``machine``: on which it was made, in words."""
+    ``thumbnails`` (0, THUMBNAILS or N, 64, 64, 3); ``machine``: on which it was made, in words."""
 
     features: NDArray[np.float32]
     measures: NDArray[np.float64]
@@ -80,6 +80,10 @@ class Store:
     def has(self, point: Point, batch: int) -> bool:
         return self.path(point, batch).exists()
 
+    def done(self, point: Point, batches: int) -> int:
+        """How many of so many batches there are, from the first on."""
+        return next((index for index in range(batches) if not self.has(point, index)), batches)
+
     def save(self, point: Point, batch: int, made: Batch) -> None:
         path = self.path(point, batch)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +108,13 @@ class Store:
 
 class Painter:
     """Paints batches of held-out prompts at any point. Each point keeps a patched denoiser of its own, over the same
-    weights: to patch takes as long as some images do."""
+    weights: to patch takes as long as some images do. ``whole`` keeps all images, and not only some of the first batch.
+    """
 
-    def __init__(self, pipe: Any, judge: Judge, conditions: Conditions, machine: str = "") -> None:
-        self.pipe, self.judge, self.conditions, self.machine = pipe, judge, conditions, machine
+    def __init__(
+        self, pipe: Any, judge: Judge, conditions: Conditions, machine: str = "", *, whole: bool = False
+    ) -> None:
+        self.pipe, self.judge, self.conditions, self.machine, self.whole = pipe, judge, conditions, machine, whole
         self._pipes: dict[Point, Any] = {}
 
     def batch(self, point: Point, index: int) -> Batch:
@@ -121,7 +128,7 @@ class Painter:
         images = self._paint(pipe, texts, seeds, self.conditions.steps)
         wait(device)
         seconds = time.perf_counter() - began
-        kept = images[: THUMBNAILS if index == 0 else 0]
+        kept = images if self.whole else images[: THUMBNAILS if index == 0 else 0]
         return Batch(
             features=self.judge.features(images).astype(np.float32),
             measures=measured(images, texts, self.judge),
@@ -144,6 +151,10 @@ class Painter:
         guidance = self.conditions.guidance
         call = {"generator": noise, "height": SIZE, "width": SIZE, "guidance_scale": guidance}
         return list(pipe(list(texts), num_inference_steps=steps, **call, **evaluate.options(pipe)).images)
+
+
+def features(batches: Iterable[Batch]) -> NDArray[np.float64]:
+    return np.concatenate([each.features for each in batches]).astype(np.float64)
 
 
 def missing(store: Store, points: Sequence[Point], batches: int) -> list[tuple[Point, int]]:
