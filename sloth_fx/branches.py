@@ -15,14 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sloth_fx.branching import Pair, TwoLengths, UnwritableError, positive_of, run_apart, take_lengths
-from sloth_fx.capture.call import substitute
+from sloth_fx.branching import (
+    NoImageError,
+    Pair,
+    TellImages,
+    Tokens,
+    TwoLengths,
+    UnwritableError,
+    positive_of,
+    run_apart,
+    take_lengths,
+)
 from sloth_fx.capture.capture import Call
-from sloth_fx.capture.skeleton import Rehearsal, Skeleton
+from sloth_fx.capture.skeleton import Rehearsal, Skeleton, with_data
 from sloth_fx.dynamo import outside_graphs
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Negative, Original, batch_of
+from sloth_fx.nested import leaves
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.conditioned import Rows, picked
 from sloth_fx.passes.one_image import BranchedAttention, GuidedResult, SharedImage
@@ -35,7 +45,8 @@ class Branches(nn.Module):
     """Brings the negative text into the calls of a model, while it guides.
 
     With ``shares`` the arguments that it has become pairs. Otherwise calls are widened by rows for it, one for each
-    that is guided; whatever the text does not say (latent, timestep, sizes) is the same in these.
+    that is guided; whatever the text does not say (latent, timestep, sizes) is the same in these. So are calls whose
+    texts come in lists (``in_rows``) if lengths differ: there each row has a length of its own, and Python asks for it.
     """
 
     def __init__(self, original: Original, arguments: Arguments) -> None:
@@ -45,9 +56,11 @@ class Branches(nn.Module):
         self.layout = KeyLayout((1, 1))
         self.names = original.positional(1000)
         self.rows: Rows = (True,)
+        self.alone = False  # the call has no rows but those that are guided: a perturbed one
         self.batch = 0
         self.negative: dict[str, Tensor] = {}  # by name; no state of the model
         self.shares = False
+        self.in_rows = False
         self.lengths: list[str] = []  # what is longer or shorter in the negative text, in words
         self.reads = False  # the host, what it computes: numbers that may differ between the branches
         self.apart: list[str] = []  # modules in which it does so
@@ -94,7 +107,18 @@ class Branches(nn.Module):
             for name, own in found.items()
             if self.shares and own.shape != given[name].shape
         ]
+        self.in_rows = bool(self.lengths) and all(
+            name in listed for name, own in found.items() if own.shape != given[name].shape
+        )
+        for module in model.modules():
+            if isinstance(module, (SharedImage, GuidedResult)):
+                module.shares = self.pairs
         self.negative, self.batch, self.done = found, batch, state
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the arguments of a call that differ become pairs."""
+        return self.shares and not self.in_rows
 
     def widened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The arguments with the negative text."""
@@ -107,28 +131,44 @@ class Branches(nn.Module):
     def _widened(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             more = self.negative.get(name)
-            if self.shares:
+            rows, batch = self._of_call()
+            if more is not None and (self.alone if self.pairs else self.in_rows):
+                more = picked(more, self.rows, self.batch)
+            if self.pairs:
                 return value if more is None else Pair(value, more)
-            if more is None and value.ndim > 0 and value.shape[0] == self.batch:
-                more = picked(value, self.rows, self.batch)
+            if more is None and value.ndim > 0 and value.shape[0] == batch:
+                more = picked(value, rows, batch)
             return value if more is None else torch.cat([value, more])
         if isinstance(value, dict):
             return {key: self._widened(f"{name}_{key}", item) for key, item in value.items()}
+        if self.in_rows and isinstance(value, list) and len(value) == self._of_call()[1]:
+            own = [row for row, taken in enumerate(self._each_row()) if taken]
+            given = value if self.alone else [value[row] for row in own]
+            return [*value, *(self.negative.get(f"{name}_{row}", each) for row, each in zip(own, given, strict=True))]
         if isinstance(value, (list, tuple)):
             return type(value)(self._widened(f"{name}_{index}", item) for index, item in enumerate(value))
         return value
 
     def narrowed(self, result: Any) -> Any:
         """The result without the branch of the negative text."""
-        if self.shares:
+        if self.pairs:
             return positive_of(result)
-        total = self.batch + self.batch // len(self.rows) * sum(self.rows)
+        rows, batch = self._of_call()
+        total = batch + batch // len(rows) * sum(rows)
 
-        def narrow(value: Any) -> Any:
-            own = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == total
-            return value[: self.batch] if own else value
+        def has_rows(value: Any) -> bool:
+            listed = self.in_rows and isinstance(value, list)
+            return (listed or (isinstance(value, Tensor) and value.ndim > 0)) and len(value) == total
 
-        return tree_map(narrow, result)
+        return tree_map(lambda value: value[:batch] if has_rows(value) else value, result, is_leaf=has_rows)
+
+    def _each_row(self) -> list[bool]:
+        """Of each row of the batch, whether it is guided."""
+        return [taken for taken in self.rows for _ in range(self.batch // len(self.rows))]
+
+    def _of_call(self) -> tuple[Rows, int]:
+        """Which groups of the rows of a call are guided, and how many rows these are in all."""
+        return ((True,), self.batch // len(self.rows) * sum(self.rows)) if self.alone else (self.rows, self.batch)
 
 
 def _checked_length(name: str, own: Tensor, text: Tensor) -> Tensor:
@@ -198,9 +238,8 @@ def why_not_shared(model: nn.Module, call: Call) -> str | None:
     if not by_data or any(each.is_meta for each in tensors):
         return reason
     device = tensors[0].device if tensors else torch.device("cpu")
-    real = substitute(call, lambda each: each.detach().to(device))
     trial = Rehearsal(model)
-    reason, _ = _why_not(trial, real)
+    reason, _ = _why_not(trial, with_data(call, device))
     if reason is None:
         _branches_of(model).reads = True
         _branches_of(model).apart = _branches_of(trial.model).apart
@@ -223,9 +262,9 @@ def _why_not(trial: Skeleton | Rehearsal, call: Call) -> tuple[str | None, bool]
     }
     while True:
         try:
-            with trial.running():
+            with trial.running(), TellImages(trial.model):
                 trial.model(*call[0], **call[1])
-            return None, False
+            return _mistaken(trial, call), False
         except Exception as error:  # whatever the host's Python does with what stands for a tensor
             cause = error.__cause__ or error
             apart = _innermost(trial.model, cause) if branches.reads else None
@@ -235,6 +274,23 @@ def _why_not(trial: Skeleton | Rehearsal, call: Call) -> tuple[str | None, bool]
                 return f"{type(cause).__name__}: {reason[0] if reason else 'no message'}", for_want
             branches.apart.append(apart)
             run_apart(trial.model.get_submodule(apart))
+
+
+def _mistaken(trial: Skeleton | Rehearsal, call: Call) -> str | None:
+    """What is taken for the image and is not, where all differs that a negative text may consist of: masks too."""
+    branches = _branches_of(trial.model)
+    kept = [id(each) for each in (branches.arguments.latent(*call), branches.arguments.timestep(*call))]
+    labelled = branches.original.labelled(call)
+    others = {name: each.clone() for name, each in labelled.items() if id(each) not in kept}
+    branches.negative = {**others, **branches.negative}
+    try:
+        with trial.running(), TellImages(trial.model):
+            trial.model(*call[0], **call[1])
+    except NoImageError as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # not all of it can differ
+        return None
+    return None
 
 
 def _innermost(model: nn.Module, error: BaseException) -> str | None:
@@ -275,14 +331,27 @@ def is_branched(model: nn.Module) -> bool:
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     branches = _branches_of(self)
     if not branches.layout.guided or not any(branches.rows):
-        return _unbranched(self, args, kwargs)
-    if branches.shares and (branches.reads or branches.lengths):
+        return _of_one_text(self, _unbranched(self, args, kwargs))
+    if branches.pairs and branches.lengths and not branches.reads and torch.compiler.is_compiling():
+        with TwoLengths():
+            return branches.narrowed(_unbranched(self, *branches.widened(args, kwargs)))
+    if branches.pairs and (branches.reads or branches.lengths):
         return branches.as_python(self, args, kwargs)
     return branches.narrowed(_unbranched(self, *branches.widened(args, kwargs)))
 
 
+def _of_one_text(self: nn.Module, result: Any) -> Any:
+    """The result of a call that is not guided. Raises :class:`SlothError` for what goes back to one that was."""
+    if any(isinstance(each, (Pair, Tokens)) for each in leaves(result)):
+        raise SlothError(
+            f"{type(self).__name__} goes on with what it has kept of an earlier call, which was guided by a negative "
+            "text, and this one is not: let it forget that, or guide to the very end"
+        )
+    return result
+
+
 def _differing(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call in which numbers differ between the branches, which TorchDynamo does not follow."""
+    """A call in which numbers differ between the branches, as plain Python, with what goes wrong in plain words."""
     branches = _branches_of(self)
     try:
         with TwoLengths():

@@ -7,11 +7,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from sloth_fx.bind import Form, TokenTest, Variant, Variants, held_objects, make_forward, read_form, unbound
 from sloth_fx.capture import Skeleton, capture
-from sloth_fx.capture.capture import Call
+from sloth_fx.capture.capture import Call, Capture
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
 from sloth_fx.operators import KeyLayout
@@ -181,7 +182,7 @@ def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout
             others=_without_text(site),
         )
         made: dict[str, Operator] = {operator_name("share", core, visit): share, name: result}
-        if plan.attends_whole:
+        if plan.attends_branches:
             made[operator_name("attend", core, visit)] = BranchedAttention(rewritten.attend[core], neutral)
         return made
     if plan.guiding is not None:
@@ -270,24 +271,29 @@ def _told_apart(visit: PlannedVisit, others: list[Call]) -> PlannedVisit:
 
 @dataclass(frozen=True)
 class _Recapture:
-    """Captures an owner again, on its own, for a call that no capture of it covers."""
+    """Captures an owner again, on its own, for a call that no capture of it covers: one for each branch of a text."""
 
     visits: list[PlannedVisit]
 
-    def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | None:
-        form, tensors = read_form(args, kwargs)
+    def __call__(self, owner: nn.Module, calls: list[Call]) -> Variant | None:
+        form, tensors = read_form(*calls[0])
         visits = sorted(self.visits, key=lambda visit: _form(visit.call) != form)  # those of this form first
         visit = next((v for v in visits if v.tokens is None or v.tokens.holds(owner, tensors)), None)
         if visit is None:
             return None
         skeleton = Skeleton(owner, tensors[0].device if tensors else None)
-        call = skeleton.fake_inputs((args, kwargs))
-        again = PlannedVisit(**{**vars(visit), "call": call, "resized": None})
-        return _variant(skeleton, unbound(skeleton.model), again)[1]
+        fakes = [*map(skeleton.fake_inputs, calls), None]
+        again = PlannedVisit(**{**vars(visit), "call": fakes[0], "resized": fakes[1]})
+        return _variant(skeleton, unbound(skeleton.model), again, alike=len(calls) > 1)[1]
 
 
-def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple[Rewritten, Variant]:
+def _variant(
+    skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit, *, alike: bool = False
+) -> tuple[Rewritten, Variant]:
+    """``alike``: what is done has to be the same at both sizes of the visit."""
     captured = capture(skeleton, owner, visit.call, visit.resized)
+    if alike:
+        _check_alike(captured, visit)
     rewritten = rewrite(captured, skeleton, visit.plans, visit.attentions, visit.number, per_sample=_per_sample(visit))
     form, tensors = read_form(*visit.call)
     operators = [
@@ -304,3 +310,16 @@ def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple
         values=captured.values,
     )
     return rewritten, variant
+
+
+def _check_alike(captured: Capture, visit: PlannedVisit) -> None:
+    """Raise :class:`SlothError` where an owner does not do the same with the text and the negative text."""
+    assert visit.resized is not None
+    one, other = (read_form(*call)[1] for call in (visit.call, visit.resized))
+    if captured.alike and all(torch.equal(value, other[index]) for index, value in captured.values.items()):
+        return
+    shapes = "; ".join(f"{tuple(a.shape)}, {tuple(b.shape)}" for a, b in zip(one, other, strict=True))
+    raise SlothError(
+        f"{type(captured.owner).__name__} does not compute the same for the text and the negative text ({shapes}), "
+        "because its Python goes by what differs: pad both to the same length, with masks where it takes any"
+    )

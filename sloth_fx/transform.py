@@ -125,7 +125,7 @@ class _Request:
         if found.latent is not None:  # a schedule of the caller's own may fail: better now
             patch.context.try_layouts(plan.sites, found.latent)
 
-        perturbation = perturbation_for(self.specs, plan, found, call)
+        perturbation = perturbation_for(model, self.specs, plan, found, call)
 
         patch.context.located_with(model, found.adapter, *call)
         keys = NegativeKeys(Original(found.skeleton), Arguments(found.skeleton.model, found.adapter))
@@ -143,7 +143,7 @@ class _Request:
                     for number in visit.served[core]:
                         name = plans[number].site.name
                         acting[name] = tuple(type(spec).__name__ for spec in each.specs)
-                        remark = f" ({guidance.reason})" if each.branching else plans[number].remark
+                        remark = plans[number].remark + (f" ({guidance.reason})" if each.branching else "")
                         notes[name] = rewritten.done[core] + remark
                 patch.graphs[path] = rewritten.graph
             bind(model.get_submodule(path), owner.forward, operators)

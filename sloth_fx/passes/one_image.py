@@ -39,8 +39,9 @@ class BranchedAttention(nn.Module):
 class _Branches(nn.Module):
     """Knows which rows of a batch belong to the negative text, and where the image lies in its tokens.
 
-    With ``shares`` that text has no rows: it comes as :class:`sloth_fx.branching.Branched` values. ``others`` tells
-    whether all that lies before the image, and all that lies after it, goes with it: reference images, but no text.
+    With ``shares`` that text has no rows: it comes as :class:`sloth_fx.branching.Branched` values. While it is
+    ``alone``, the batch has no rows but those that are guided: those of a perturbed call. ``others`` tells whether all
+    that lies before the image, and all that lies after it, goes with it: reference images, but no text.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class _Branches(nn.Module):
         self.key_place = key_place
         self.others = others
         self.rows: Rows = (True,)
+        self.alone = False
         self.shares = False
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
@@ -67,11 +69,16 @@ class _Branches(nn.Module):
     def set_rows(self, rows: Rows) -> None:
         self.rows = rows
 
+    @property
+    def taken(self) -> Rows:
+        """Which groups of the present call are guided."""
+        return (True,) if self.alone else self.rows
+
     def split(self, tensor: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The groups of the batch, and those of the negative text, one for each guided group."""
-        guided = sum(self.rows)
-        parts = groups(tensor, (*self.rows, *(True,) * guided), self.site)
-        return parts[: len(self.rows)], parts[len(self.rows) :]
+        taken = self.taken
+        parts = groups(tensor, (*taken, *(True,) * sum(taken)), self.site)
+        return parts[: len(taken)], parts[len(taken) :]
 
     def image(self, tensor: Any, place: Place, tokens: int) -> tuple[int, int]:
         """The first token of the image, and how many it has with all that goes with it."""
@@ -123,7 +130,9 @@ class SharedImage(_Branches):
         return self.layout.gathered_tokens(self.border) if self.layout.pooled else self.layout.tokens
 
     def _shared(self, tensor: Any, place: Place, tokens: int) -> Any:
-        if self.shares and (isinstance(tensor, Tensor) or (place.others is not None and _has_one_image(tensor))):
+        if self.shares and (
+            isinstance(tensor, Tensor) or (place.others is not None and _has_one_image(tensor, tokens))
+        ):
             return tensor
         start, tokens = self.image(tensor, place, tokens)
         if self.shares:
@@ -134,7 +143,7 @@ class SharedImage(_Branches):
             kept = [part for part in parts if part.shape[-2] > 0]
             return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-2)
         rows, negative = self.split(tensor)
-        guided = [row for row, taken in zip(rows, self.rows, strict=True) if taken]
+        guided = [row for row, taken in zip(rows, self.taken, strict=True) if taken]
         images = [row.narrow(-2, start, tokens) for row in guided]
         return torch.cat([*rows, *(with_image(row, image, start) for row, image in zip(negative, images, strict=True))])
 
@@ -168,7 +177,7 @@ class GuidedResult(_Branches):
         start, tokens = self.image(out, self.query_place, self.layout.tokens)
         rows, negative = self.split(out)
         found = list(rows)
-        for index, row in zip(guided_groups(self.rows), negative, strict=True):
+        for index, row in zip(guided_groups(self.taken), negative, strict=True):
             image = rows[index].narrow(-2, start, tokens)
             if self.guidance is not None:
                 image = guided_by(image, row.narrow(-2, start, tokens), self.guidance, self.folded_heads)
@@ -184,7 +193,7 @@ class GuidedResult(_Branches):
             return [(both.positive, both.negative)] if isinstance(both, Branched) else []
         start, tokens = self.image(out, self.query_place, self.layout.tokens)
         rows, negative = self.split(out)
-        pairs = zip(guided_groups(self.rows), negative, strict=True)
+        pairs = zip(guided_groups(self.taken), negative, strict=True)
         return [(rows[index].narrow(-2, start, tokens), row.narrow(-2, start, tokens)) for index, row in pairs]
 
     def _image_read(self, out: Any) -> tuple[int, int]:
@@ -207,10 +216,10 @@ class GuidedResult(_Branches):
             return out
         image = both.positive
         if self.guidance is not None:
-            pairs = zip(*(groups(each, self.rows, self.site) for each in (image, both.negative)), strict=True)
+            pairs = zip(*(groups(each, self.taken, self.site) for each in (image, both.negative)), strict=True)
             found = [
                 guided_by(positive, negative, self.guidance, self.folded_heads) if taken else positive
-                for (positive, negative), taken in zip(pairs, self.rows, strict=True)
+                for (positive, negative), taken in zip(pairs, self.taken, strict=True)
             ]
             image = found[0] if len(found) == 1 else torch.cat(found)
         parts = [out[..., :start, :], image, out[..., stop:, :]]
@@ -221,6 +230,9 @@ class GuidedResult(_Branches):
         return str(self.guidance)
 
 
-def _has_one_image(tokens: Any) -> bool:
-    """Whether there are tokens in a sequence that are the same in both branches: then they are those of the image."""
-    return isinstance(tokens, Tokens) and any(isinstance(part, Tensor) for part in tokens.parts)
+def _has_one_image(sequence: Any, tokens: int) -> bool:
+    """Whether there are as many ``tokens`` as the image has that are the same in both branches: then they are those of
+    the image, with others that go with it."""
+    if not isinstance(sequence, Tokens):
+        return False
+    return sum(part.shape[sequence.axis] for part in sequence.parts if isinstance(part, Tensor)) >= tokens
