@@ -19,13 +19,13 @@ from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.attention_map import AttentionMap
 from sloth_fx.passes.guide import GuidedAttention
 from sloth_fx.passes.merge_tokens import MergedAttention
-from sloth_fx.passes.one_image import BranchedAttention, GuidedResult, SharedImage
+from sloth_fx.passes.one_image import BesideText, BranchedAttention, GuidedResult, SharedImage
 from sloth_fx.passes.perturb import PerturbedAttention
 from sloth_fx.passes.reduce_kv import KeyValueReduction
 from sloth_fx.passes.tile_queries import TiledAttention
 from sloth_fx.plan import SitePlan
 from sloth_fx.rewrite import Rewritten, merged_attention, merging_of, operator_name, rewrite
-from sloth_fx.site import AttentionSite
+from sloth_fx.site import AttentionSite, Place
 from sloth_fx.spec import SAG
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
@@ -163,6 +163,7 @@ def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str
 def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout) -> dict[str, Operator]:
     """The operators by which a negative text guides a site."""
     site, core = plan.site, plan.site.core
+    beside = _beside_text(site)
     name, folded_heads = operator_name("guide", core, visit), rewritten.folded_heads[core]
     if plan.branching is not None:
         share = SharedImage(
@@ -171,6 +172,7 @@ def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout
             query_place=site.query_place,
             key_place=site.key_place if site.on_image else None,
             others=_without_text(site),
+            beside=beside,
             border=plan.pooling.border,
         )
         result = GuidedResult(
@@ -180,6 +182,7 @@ def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout
             query_place=site.query_place,
             folded_heads=folded_heads,
             others=_without_text(site),
+            beside=beside,
         )
         made: dict[str, Operator] = {operator_name("share", core, visit): share, name: result}
         if plan.attends_branches:
@@ -199,6 +202,18 @@ def _without_text(site: AttentionSite) -> tuple[bool, bool]:
     start = site.key_place.start(site.kv_tokens, image)
     end = start + image
     return 0 < start <= site.text[0], site.text[1] <= end < site.kv_tokens
+
+
+def _beside_text(site: AttentionSite) -> BesideText | None:
+    """Where the image lies if it is counted from the side of the text, where it is not known otherwise."""
+    place = site.key_place
+    if site.text is None or site.grid is None or site.q_tokens != site.kv_tokens or place.others is None:
+        return None
+    image = math.prod(site.grid)
+    start = place.start(site.kv_tokens, image)
+    after = site.text[0] >= start + image
+    offset = site.kv_tokens - start - image if after else start
+    return BesideText(Place(offset, from_end=after, alone=False), site.text[1] - site.text[0])
 
 
 def _deeds(plan: SitePlan) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from torch import nn
 
 from sloth_fx.bind import bind, clone
-from sloth_fx.branches import Branches, choose_way, install
+from sloth_fx.branch_trials import choose_way
+from sloth_fx.branches import Branches, install
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import RefusedInputsError, SlothError

@@ -135,7 +135,7 @@ def test_both_texts_are_longer_than_the_example():
     sloth_fx.context(patched).set_negative(**{TEXT: texts[1]})
     calls = tuple({**call, TEXT: text, MASK: mask} for text in texts)
     read = tuple(in_order(sites(name, tokens)) for _ in range(2))
-    assert difference(at(patched, 0.1, calls[0]), in_step(shared(name), calls, SPEC, read, run=run)) < 1e-4
+    assert difference(at(patched, 0.1, calls[0]), in_step(shared(name), calls, SPEC, read, run=run)) < 1e-5
 
 
 def test_a_host_that_takes_one_length_says_so():

@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.utils as dynamo
 
 import sloth_fx
-from sloth_fx import NAG, PAG, SAG, SEG, SLG, TPG, Perturb, SlothfulAttention, branches
+from sloth_fx import NAG, PAG, SAG, SEG, SLG, TPG, Perturb, SlothfulAttention, branch_trials
 from sloth_fx.operators.perturbation import permutation
 from sloth_fx.passes.attention_map import AttentionMap
 from sloth_fx.passes.perturb import PerturbedAttention
@@ -46,7 +46,7 @@ def negative(rows, tokens=TEXT):
 def patched(*specs, way="shared"):
     with pytest.MonkeyPatch.context() as patch:
         if way != "shared":
-            patch.setattr(branches, "why_not_shared", lambda *_: "for a test")
+            patch.setattr(branch_trials, "why_not_shared", lambda *_: "for a test")
         return sloth_fx.transform(host(), specs, example_inputs=dit_inputs(2))
 
 

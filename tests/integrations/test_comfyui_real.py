@@ -10,6 +10,7 @@ from sloth_fx.integrations.comfy import patching
 from sloth_fx.integrations.comfy.patching import patch_model, report_of
 from sloth_fx.patch import patch_of
 from tests.integrations.comfy_real import MODELS, ONLY_THERE, TEXT, UNET, conditioning, made, same_noise, sample
+from tests.two_branches import in_order, in_step, joint
 
 pytestmark = ONLY_THERE
 
@@ -44,6 +45,29 @@ def test_negative(comfy, name):
     torch.testing.assert_close(same, sample(comfy, patcher, shape), rtol=1e-3, atol=1e-3)  # from itself, no way away
 
 
+@pytest.mark.parametrize(("name", "sites"), [("mmdit", 2), ("flux", 4), ("qwen, located at its first call", 2)])
+def test_a_negative_of_another_length(comfy, name, sites):
+    """Equal to a call by brute force for each text, in step."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    patcher, shape = made(comfy, name)
+    spec, negative = sloth_fx.NAG(scale=7.0, alpha=0.6), conditioning(5, tokens=9)
+    patched = patch_model(patcher, [spec], negative=negative)
+    torchs = {"optimized_attention_override": lambda attend, *args, **options: attention_pytorch(*args, **options)}
+
+    def run(model, text):
+        return called(model, shape, text, **torchs)
+
+    texts = tuple(each[0][0].expand(shape[0], -1, -1) for each in (conditioning(1), negative))
+    read = tuple(in_order([joint(text.shape[1], 117)] * sites) for text in texts)
+    expected = in_step(patcher, texts, spec, read, run=run)
+    patched.patch_model()
+    found = called(patched, shape)
+    patched.unpatch_model()
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - called(patcher, shape)).abs().max() > 1e-2 * expected.abs().max()
+
+
 @torch.inference_mode()
 def test_lora_and_lowvram(comfy):
     patcher, shape = made(comfy, "unet")
@@ -67,13 +91,17 @@ def test_lora_and_lowvram(comfy):
     torch.testing.assert_close(*results)
 
 
-def called(patcher, shape, timestep=601):
-    """What the model of a loaded patcher predicts."""
+@torch.no_grad()
+def called(patcher, shape, text=None, **options):
+    """What the model of a loaded patcher predicts, at the timestep 601 of Stable Diffusion."""
     x = same_noise(shape)
-    sigma = patcher.model.model_sampling.sigmas[timestep].expand(len(x))
-    options = {**patcher.model_options["transformer_options"], "sigmas": sigma, "cond_or_uncond": [0]}
-    text = conditioning(1)[0][0].expand(len(x), -1, -1)
-    return patcher.model.apply_model(x, sigma, c_crossattn=text, transformer_options=options)
+    sigma = patcher.model.model_sampling.sigmas[601].expand(len(x))
+    options |= {**patcher.model_options["transformer_options"], "sigmas": sigma, "cond_or_uncond": [0]}
+    text = conditioning(1)[0][0].expand(len(x), -1, -1) if text is None else text
+    given = {"c_crossattn": text, "transformer_options": options}
+    if type(patcher.model).__name__ in ("SD3", "Flux"):
+        given["y"] = conditioning(1)[0][1]["pooled_output"].expand(len(x), -1)
+    return patcher.model.apply_model(x, sigma, **given)
 
 
 TWINS = {

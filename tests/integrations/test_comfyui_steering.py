@@ -309,6 +309,22 @@ def test_what_else_runs_in_a_call_for_two_predictions_gets_tensors(monkeypatch):
     assert seen == [4] * 8 + [2] * 7  # the one that is perturbed gives its value
 
 
+def test_joint_attention_is_perturbed_without_a_mask(monkeypatch):
+    """Which some of ComfyUI's kernels add whatever it is, and others leave out."""
+    attend = comfy_host.kernel
+
+    def unmasked(*args, mask=None, **kwargs):
+        assert mask is None
+        return attend(*args, **kwargs)
+
+    base = patcher(Joint())
+    patched = patch_model(base, [sloth_fx.PAG()])
+    monkeypatch.setattr(comfy_host, "kernel", unmasked)
+    start(CFGGuider(patched, SCALE))
+    found = guided(predicted(patched, (1, 0)))
+    assert (found - guided(predicted(base, (1, 0)))).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", PERTURBING)
 def test_without_a_negative(name):
     """A cfg of 1 leaves it out: what the positive is guided by is then taken whole, as by a guider that has both."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sloth_fx.branching.einops import tell_einops
 from sloth_fx.capture.call import substitute
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.dynamo import outside_graphs
@@ -149,6 +150,7 @@ def _steered(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
 
 
 def _tried(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
+    tell_einops()  # which its models rearrange tokens with
     with assumed(original, ModelAdapter(latent=next(iter(_parameters(original))))):
         return transform(original, request.specs, example_inputs=inputs, phases=request.phases)
 
