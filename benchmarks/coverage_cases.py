@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import sloth_fx
+from benchmarks import coverage_guidance
 from sloth_fx import (
     AttentionSite,
     Constant,
@@ -40,7 +41,7 @@ from sloth_fx.spec import Spec
 from tests.zoo.recipe import Inputs
 from tests.zoo.registry import MODELS, run
 
-WORKS, NOT_APPLICABLE, FAILS = "✓", "\N{EN DASH}", "✗"
+WORKS, DEAR, NOT_APPLICABLE, FAILS = "✓", "2", "\N{EN DASH}", "✗"
 EARLY = 0.25  # progress
 _LOG = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ SPECS = (
     TokenMerging(max_depth=7),
 )
 STEPS = ("inputs", "located", "captured", "graph", "text K/V")
-COLUMNS = (*STEPS, *(type(spec).__name__ for spec in SPECS))
+COLUMNS = (*STEPS, *(type(spec).__name__ for spec in SPECS), *coverage_guidance.COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def measure(subject: Subject) -> Measured:
         "graph": case.graph,
         "text K/V": case.text_kv,
         **{type(spec).__name__: partial(case.transformed, spec) for spec in SPECS},
+        **{column: partial(case.guided, column) for column in coverage_guidance.COLUMNS},
     }
     outcomes |= {column: _tried(f"{subject.name}, {column}", attempt) for column, attempt in attempts.items()}
     return Measured(subject, Counter(site.kind for site in case.found.sites), outcomes)
@@ -240,9 +242,27 @@ class _Case:
         except SlothError as refusal:
             return Outcome(NOT_APPLICABLE, _why_nowhere(self.found.sites, refusal))
         patched = sloth_fx.transform(self.model, spec, example_inputs=self.inputs)
+        sloth_fx.context(patched).at(EARLY)
+        return self._changed(patched)
+
+    def guided(self, column: str) -> Outcome:
+        """Whether guidance changes what the model computes, and leaves the model as it is; what is refused does not
+        apply."""
+        try:
+            spec = coverage_guidance.spec_for(column, self.found.sites)
+            patched = sloth_fx.transform(self.model, spec, example_inputs=self.inputs)
+        except SlothError as refusal:
+            return Outcome(NOT_APPLICABLE, _failure(f"{self.subject.name}, {column}", refusal).note)
+        if self.subject.tiny:
+            coverage_guidance.steer(patched, self.model, self.inputs, EARLY)
+        outcome = self._changed(patched)
+        reason = coverage_guidance.why_dear(sloth_fx.report(patched))
+        return Outcome(DEAR, reason) if reason and outcome.mark == WORKS else outcome
+
+    def _changed(self, patched: nn.Module) -> Outcome:
+        """Whether a patched model, where there is data, computes something else than the original."""
         if not self.subject.tiny:
             return Outcome(WORKS)
-        sloth_fx.context(patched).at(EARLY)
         after, original = run(patched, self.inputs), run(self.model, self.inputs)
         if not all(map(torch.equal, original, self.before)):
             return Outcome(FAILS, "the original changed")

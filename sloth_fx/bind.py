@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sloth_fx.branching import positive_of
+from sloth_fx.branching import calls_of, comparable
 from sloth_fx.capture.call import read_call
+from sloth_fx.capture.capture import Call
 from sloth_fx.copying import copy_module
 from sloth_fx.dynamo import get_eval_frame_callback, outside_graphs
 from sloth_fx.errors import SlothError
@@ -89,7 +90,7 @@ class Variant:
             return False
         if self.tokens is not None and not self.tokens.holds(owner, tensors):
             return False
-        if self.sizes is not None and self.sizes != [tensor.shape for tensor in tensors]:
+        if self.sizes is not None and self.sizes != sizes_of(tensors):
             return False
         if self.types is not None and self.types != [(tensor.dtype, tensor.device) for tensor in tensors]:
             return False
@@ -99,6 +100,11 @@ class Variant:
         """Whether the host's own forward does the same, and to the bit."""
         names = self.neutral_is_original
         return bool(names) and all(_idle(owner._modules[name].layout) for name in names)  # type: ignore[union-attr]
+
+
+def sizes_of(tensors: list[Tensor]) -> list[torch.Size]:
+    """The shapes of the tensors of a call, comparable with ``==``; they may differ between the branches of a text."""
+    return [comparable(tensor.shape) for tensor in tensors]
 
 
 def _idle(layout: Any) -> bool:
@@ -122,7 +128,7 @@ class Variants:
 
     known: list[Variant]
     held: tuple[tuple[str, type], ...]
-    recapture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Variant | None]
+    recapture: Callable[[nn.Module, list[Call]], Variant | None]
     untouched: tuple[Form, ...] = ()
 
     def check(self, owner: nn.Module) -> None:
@@ -142,7 +148,8 @@ class Variants:
         return all(each.tokens is not None and not each.tokens.holds(owner, tensors) for each in alike)
 
     def add(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-        """Capture a call that no variant serves, and remember it."""
+        """Capture a call that no variant serves, in each branch of a text, and remember it. Raises :class:`SlothError`
+        where the graph would not be the same in both."""
         if torch.compiler.is_compiling():
             raise SlothError(
                 f"{type(owner).__name__} is called in a way that its capture does not cover; run the patched model "
@@ -150,8 +157,12 @@ class Variants:
             )
         between_graphs = callable(get_eval_frame_callback())  # of a compiled model: a capture shall not be compiled
         recapture = outside_graphs(self.recapture) if between_graphs else self.recapture
-        variant = recapture(owner, args, kwargs)
+        calls = calls_of(args, kwargs)
+        variant = recapture(owner, calls)
         assert variant is not None  # or it would be one of the others
+        if len(calls) > 1:
+            form, tensors = read_form(args, kwargs)
+            variant = replace(variant, form=form, sizes=sizes_of(tensors))
         self.known.append(variant)
         return variant
 
@@ -169,7 +180,7 @@ def make_forward(variants: Variants) -> Callable[..., Any]:
                 return variant.function(self, *tensors)
         if variants.others(self, form, tensors):
             return original(self, *args, **kwargs)
-        return variants.add(self, *positive_of((args, kwargs))).function(self, *tensors)
+        return variants.add(self, args, kwargs).function(self, *tensors)
 
     return forward
 

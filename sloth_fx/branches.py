@@ -6,7 +6,6 @@ a larger batch, of whose result the first rows are kept.
 
 from __future__ import annotations
 
-import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,17 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sloth_fx.branching import Pair, TwoLengths, UnwritableError, positive_of, run_apart, take_lengths
-from sloth_fx.capture.call import substitute
+from sloth_fx.branching import (
+    Pair,
+    Tokens,
+    TwoLengths,
+    both,
+    positive_of,
+    run_apart,
+    take_lengths,
+)
 from sloth_fx.capture.capture import Call
-from sloth_fx.capture.skeleton import Rehearsal, Skeleton
 from sloth_fx.dynamo import outside_graphs
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Negative, Original, batch_of
+from sloth_fx.nested import leaves
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.conditioned import Rows, picked
-from sloth_fx.passes.one_image import BranchedAttention, GuidedResult, SharedImage
+from sloth_fx.passes.one_image import BesideText, GuidedResult, SharedImage
 
 NAME = "sloth_branches"
 _UNBRANCHED = "_sloth_fx_unbranched_forward"
@@ -35,7 +41,8 @@ class Branches(nn.Module):
     """Brings the negative text into the calls of a model, while it guides.
 
     With ``shares`` the arguments that it has become pairs. Otherwise calls are widened by rows for it, one for each
-    that is guided; whatever the text does not say (latent, timestep, sizes) is the same in these.
+    that is guided; whatever the text does not say (latent, timestep, sizes) is the same in these. So are calls whose
+    texts come in lists (``in_rows``) if lengths differ: there each row has a length of its own, and Python asks for it.
     """
 
     def __init__(self, original: Original, arguments: Arguments) -> None:
@@ -45,12 +52,15 @@ class Branches(nn.Module):
         self.layout = KeyLayout((1, 1))
         self.names = original.positional(1000)
         self.rows: Rows = (True,)
+        self.alone = False  # the call has no rows but those that are guided: a perturbed one
         self.batch = 0
         self.negative: dict[str, Tensor] = {}  # by name; no state of the model
         self.shares = False
+        self.in_rows = False
         self.lengths: list[str] = []  # what is longer or shorter in the negative text, in words
         self.reads = False  # the host, what it computes: numbers that may differ between the branches
         self.apart: list[str] = []  # modules in which it does so
+        self.located: dict[str, int] = {}  # the tokens of the text when the sites were located
         self.done: Any = None
         self.as_python = outside_graphs(_differing)
 
@@ -94,7 +104,30 @@ class Branches(nn.Module):
             for name, own in found.items()
             if self.shares and own.shape != given[name].shape
         ]
+        self.in_rows = bool(self.lengths) and all(
+            name in listed for name, own in found.items() if own.shape != given[name].shape
+        )
+        for module in model.modules():
+            if isinstance(module, (SharedImage, GuidedResult)):
+                module.shares = self.pairs
+                module.longer = self._longer(module.beside, given, found)
         self.negative, self.batch, self.done = found, batch, state
+
+    def _longer(self, beside: BesideText | None, given: dict[str, Tensor], negative: dict[str, Tensor]) -> Any:
+        """By how many tokens the texts beside an image are longer than they were; ``None`` where that is not known."""
+        if beside is None or any(name not in given for name in self.located):
+            return None
+        alike = [name for name, tokens in self.located.items() if tokens == beside.text]
+        names = alike if len(alike) == 1 else list(self.located)
+        if sum(self.located[name] for name in names) != beside.text:
+            return None
+        now = [sum(count_tokens(texts.get(name, given[name])) for name in names) for texts in (given, negative)]
+        return both(*now) - beside.text
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the arguments of a call that differ become pairs."""
+        return self.shares and not self.in_rows
 
     def widened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The arguments with the negative text."""
@@ -107,28 +140,49 @@ class Branches(nn.Module):
     def _widened(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             more = self.negative.get(name)
-            if self.shares:
+            rows, batch = self._of_call()
+            if more is not None and (self.alone if self.pairs else self.in_rows):
+                more = picked(more, self.rows, self.batch)
+            if self.pairs:
                 return value if more is None else Pair(value, more)
-            if more is None and value.ndim > 0 and value.shape[0] == self.batch:
-                more = picked(value, self.rows, self.batch)
+            if more is None and value.ndim > 0 and value.shape[0] == batch:
+                more = picked(value, rows, batch)
             return value if more is None else torch.cat([value, more])
         if isinstance(value, dict):
             return {key: self._widened(f"{name}_{key}", item) for key, item in value.items()}
+        if self.in_rows and isinstance(value, list) and len(value) == self._of_call()[1]:
+            own = [row for row, taken in enumerate(self._each_row()) if taken]
+            given = value if self.alone else [value[row] for row in own]
+            return [*value, *(self.negative.get(f"{name}_{row}", each) for row, each in zip(own, given, strict=True))]
         if isinstance(value, (list, tuple)):
             return type(value)(self._widened(f"{name}_{index}", item) for index, item in enumerate(value))
         return value
 
     def narrowed(self, result: Any) -> Any:
         """The result without the branch of the negative text."""
-        if self.shares:
+        if self.pairs:
             return positive_of(result)
-        total = self.batch + self.batch // len(self.rows) * sum(self.rows)
+        rows, batch = self._of_call()
+        total = batch + batch // len(rows) * sum(rows)
 
-        def narrow(value: Any) -> Any:
-            own = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == total
-            return value[: self.batch] if own else value
+        def has_rows(value: Any) -> bool:
+            listed = self.in_rows and isinstance(value, list)
+            return (listed or (isinstance(value, Tensor) and value.ndim > 0)) and len(value) == total
 
-        return tree_map(narrow, result)
+        return tree_map(lambda value: value[:batch] if has_rows(value) else value, result, is_leaf=has_rows)
+
+    def _each_row(self) -> list[bool]:
+        """Of each row of the batch, whether it is guided."""
+        return [taken for taken in self.rows for _ in range(self.batch // len(self.rows))]
+
+    def _of_call(self) -> tuple[Rows, int]:
+        """Which groups of the rows of a call are guided, and how many rows these are in all."""
+        return ((True,), self.batch // len(self.rows) * sum(self.rows)) if self.alone else (self.rows, self.batch)
+
+
+def count_tokens(text: Tensor) -> int:
+    """Of a text (B, N, C), or (N, C) in a list."""
+    return int(text.shape[-2])
 
 
 def _checked_length(name: str, own: Tensor, text: Tensor) -> Tensor:
@@ -153,110 +207,13 @@ def check_rows(arguments: Arguments, call: Call) -> None:
             )
 
 
-def check_widens(original: Original, arguments: Arguments, call: Call) -> None:
-    """Raise :class:`SlothError` for a model that does not take more rows than those of a ``call``."""
-    check_rows(arguments, call)
-    skeleton = original.skeleton
-    branches = Branches(original, arguments)
-    branches.batch = batch_of(arguments, call, 1)
-    args, kwargs = skeleton.fake_inputs(call)
-    with skeleton.running():
-        try:
-            skeleton.model(*args, **kwargs)
-        except Exception:
-            return  # it runs on real data alone, and what it does there is seen there
-        args, kwargs = branches.widened(args, kwargs)
-        try:
-            skeleton.model(*args, **kwargs)
-        except Exception as error:
-            raise SlothError(
-                "the negative text needs rows of its own in the batch, and with more rows "
-                f"{type(skeleton.model).__name__} does not run: {type(error).__name__}: {str(error).strip():.200}"
-            ) from error
-
-
-def choose_way(model: nn.Module, branches: Branches, call: Call) -> str | None:
-    """Let ``model``, which has ``branches``, compute once what both texts have in common; or say why its calls are
-    widened. Raises :class:`SlothError` where neither is possible."""
-    reason = why_not_shared(model, call)
-    if reason is None:
-        share(model)
-        return None
-    try:
-        check_widens(branches.original, branches.arguments, call)
-    except SlothError as error:
-        raise SlothError(f"{error}; and what both texts have in common cannot be computed once ({reason})") from error
-    return reason
-
-
-def why_not_shared(model: nn.Module, call: Call) -> str | None:
-    """Why calls of ``model``, patched and with branches, cannot compute once what both texts have in common: tried on a
-    copy without data, and where the host is steered by what it computes, on real data."""
-    skeleton = Skeleton(model)
-    reason, by_data = _why_not(skeleton, skeleton.fake_inputs(call))
-    tensors = [*model.parameters(), *model.buffers()]
-    if not by_data or any(each.is_meta for each in tensors):
-        return reason
-    device = tensors[0].device if tensors else torch.device("cpu")
-    real = substitute(call, lambda each: each.detach().to(device))
-    trial = Rehearsal(model)
-    reason, _ = _why_not(trial, real)
-    if reason is None:
-        _branches_of(model).reads = True
-        _branches_of(model).apart = _branches_of(trial.model).apart
-    return reason
-
-
-def _why_not(trial: Skeleton | Rehearsal, call: Call) -> tuple[str | None, bool]:
-    """What is raised where ``trial`` runs on a call in two branches, and whether that is for want of data."""
-    share(trial.model)
-    for module in trial.model.modules():
-        layout = getattr(module, "layout", None)
-        if isinstance(layout, KeyLayout):
-            module.__dict__["layout"] = layout._replace(guided=True)
-    branches = _branches_of(trial.model)
-    branches.reads = isinstance(trial, Rehearsal)
-    text = [id(each) for each in branches.arguments.text(*call).values()]
-    labelled = branches.original.labelled(call)
-    branches.negative = {
-        name: each.roll(1, -1) for name, each in labelled.items() if id(each) in text or "pooled" in name
-    }
-    while True:
-        try:
-            with trial.running():
-                trial.model(*call[0], **call[1])
-            return None, False
-        except Exception as error:  # whatever the host's Python does with what stands for a tensor
-            cause = error.__cause__ or error
-            apart = _innermost(trial.model, cause) if branches.reads else None
-            if apart is None or apart in branches.apart:
-                reason = str(cause).strip().splitlines()
-                for_want = not branches.reads and not isinstance(cause, (TypeError, UnwritableError))
-                return f"{type(cause).__name__}: {reason[0] if reason else 'no message'}", for_want
-            branches.apart.append(apart)
-            run_apart(trial.model.get_submodule(apart))
-
-
-def _innermost(model: nn.Module, error: BaseException) -> str | None:
-    """The innermost module that raised an error, of those in which no image reads text."""
-    names = {id(module): name for name, module in model.named_modules() if not _guides(module)}
-    frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    found = [names[id(each)] for each in frames if id(each) in names]
-    return found[-1] if found else None
-
-
-def _guides(module: nn.Module) -> bool:
-    kinds = (Branches, SharedImage, GuidedResult, BranchedAttention)
-    return any(isinstance(each, kinds) for each in module.modules())
-
-
 def share(model: nn.Module) -> None:
     """From now on ``model`` computes once what both texts have in common."""
     for module in model.modules():
         if isinstance(module, (Branches, SharedImage, GuidedResult)):
             module.shares = True
     take_lengths(model)
-    for name in _branches_of(model).apart:
+    for name in branches_of(model).apart:
         run_apart(model.get_submodule(name))
 
 
@@ -273,17 +230,30 @@ def is_branched(model: nn.Module) -> bool:
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    branches = _branches_of(self)
+    branches = branches_of(self)
     if not branches.layout.guided or not any(branches.rows):
-        return _unbranched(self, args, kwargs)
-    if branches.shares and (branches.reads or branches.lengths):
+        return _of_one_text(self, _unbranched(self, args, kwargs))
+    if branches.pairs and branches.lengths and not branches.reads and torch.compiler.is_compiling():
+        with TwoLengths():
+            return branches.narrowed(_unbranched(self, *branches.widened(args, kwargs)))
+    if branches.pairs and (branches.reads or branches.lengths):
         return branches.as_python(self, args, kwargs)
     return branches.narrowed(_unbranched(self, *branches.widened(args, kwargs)))
 
 
+def _of_one_text(self: nn.Module, result: Any) -> Any:
+    """The result of a call that is not guided. Raises :class:`SlothError` for what goes back to one that was."""
+    if any(isinstance(each, (Pair, Tokens)) for each in leaves(result)):
+        raise SlothError(
+            f"{type(self).__name__} goes on with what it has kept of an earlier call, which was guided by a negative "
+            "text, and this one is not: let it forget that, or guide to the very end"
+        )
+    return result
+
+
 def _differing(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call in which numbers differ between the branches, which TorchDynamo does not follow."""
-    branches = _branches_of(self)
+    """A call in which numbers differ between the branches, as plain Python, with what goes wrong in plain words."""
+    branches = branches_of(self)
     try:
         with TwoLengths():
             return branches.narrowed(_unbranched(self, *branches.widened(args, kwargs)))
@@ -303,7 +273,8 @@ def _unbranched(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
 
 
-def _branches_of(model: nn.Module) -> Branches:
+def branches_of(model: nn.Module) -> Branches:
+    """Those that :func:`install` has given ``model``."""
     branches = model._modules[NAME]
     assert isinstance(branches, Branches)
     return branches

@@ -89,9 +89,10 @@ class TimestepContext:
 
     @property
     def guidance_scale(self) -> float | None:
-        """The scale w of classifier-free guidance that takes what calls return whose rows are all "cond": guidance by
-        perturbed attention divides its own by it, so that u + w (c - u) + s (c - p) results. ``None``, the default:
-        nothing takes it, or the batch has the unconditional rows as well (see :attr:`rows`)."""
+        """The scale w of classifier-free guidance that takes what calls return: guidance by perturbed attention then
+        changes the rows that are "cond" alone, by its own scale over w, so that u + w (c - u) + s (c - p) results.
+        ``None``, the default: nothing takes it, or what does has all :attr:`rows` in one call, and those that are not
+        "cond" get the same change."""
         return self._guidance_scale
 
     @guidance_scale.setter

@@ -14,6 +14,8 @@ Of guidance by perturbed attention the perturbed branch is counted as well, whil
   product where image tokens are alone; where there are others, each image token sees itself and these, which see
   everything. What SLG leaves out is not counted;
 - the map that SAG reads is not.
+
+Where a negative text has a branch of its own all of the model is counted once more, with both texts.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def estimate(
     if perturbing is not None:
         shares = bool(getattr(patched.get_submodule(PERTURBED), "shares", False))
         again = asked_again(found.sites, perturbing, shares=shares)
-        sites = with_perturbed_branch(sites, perturbing, at, tokens, again)
+        branched = context(patched).branched
+        sites = with_perturbed_branch(sites, perturbing, at, tokens, again, branched=branched)
     layouts = [tuple(each.layouts[step] for each in sites if each.site.name in plans) for step in range(steps)]
     names = {site.name for site in counted}
     return RunCost(

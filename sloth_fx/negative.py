@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -58,7 +58,8 @@ class Negative:
         images = batch // groups
         if like is not None:
             given = given.to(like.device, like.dtype)
-            if given.ndim != like.ndim or given.shape[2:] != like.shape[2:]:
+            inner = 2 if like.shape[:1] == (batch,) else max(1, like.ndim - 1)  # others may have layers in front
+            if given.ndim != like.ndim or given.shape[inner:] != like.shape[inner:]:
                 raise SlothError(
                     f"the negative {name} has shape {tuple(given.shape)}, and that of this call {tuple(like.shape)}: "
                     "all but the rows and the number of tokens has to be the same"
@@ -114,6 +115,39 @@ class Original:
         return text_kv(whole, [name for name in text if name in whole.inputs]), attention_cores(whole.graph)
 
 
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """What gives keys and values for calls of one ``pattern``, and arguments of these ``sizes`` by name.
+
+    ``None`` stands for any size: where the slice holds none, and where it came out the same for two.
+    """
+
+    pattern: Any
+    sizes: dict[str, tuple[int | None, ...]]
+    found: TextKeyValues
+
+    def serves(self, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+        return self.sizes.keys() == sizes.keys() and all(
+            len(mine) == len(sizes[name])
+            and all(one in (None, other) for one, other in zip(mine, sizes[name], strict=True))
+            for name, mine in self.sizes.items()
+        )
+
+    def with_sizes_of(self, other: _Slice) -> _Slice:
+        """This slice, for which there is the same at other sizes."""
+        return replace(self, sizes={name: _common(mine, other.sizes[name]) for name, mine in self.sizes.items()})
+
+
+def _common(one: tuple[int | None, ...], other: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    return tuple(size if size == again else None for size, again in zip(one, other, strict=True))
+
+
+def _same(one: TextKeyValues, other: TextKeyValues) -> bool:
+    """Whether nothing in a slice, and nothing that the host's Python did on the way, goes by sizes."""
+    alike = (one.text, one.code, one.steered_by) == (other.text, other.code, other.steered_by)
+    return alike and one.shapes is None and other.shapes is None
+
+
 @dataclass(eq=False)
 class NegativeKeys:
     """Computes the keys and values of the negative text once, and again only where its shape in a call is another.
@@ -124,15 +158,12 @@ class NegativeKeys:
     original: Original
     arguments: Arguments
     operators: dict[int, GuidedAttention] = field(default_factory=dict)
-    slices: list[tuple[Any, TextKeyValues]] = field(default_factory=list)
+    slices: list[_Slice] = field(default_factory=list)
     done: Any = None
 
     def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None:
         given = self.original.labelled(call)
-        shapes = {
-            name: (each.shape, each.dtype, each.device) for name, each in given.items() if name in negative.tensors
-        }
-        state = negative, rows, shapes, set(given)
+        state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
         if state == self.done:
             return
         batch = batch_of(self.arguments, call, len(rows))
@@ -148,10 +179,11 @@ class NegativeKeys:
 
     def _slice(self, model: nn.Module, call: Call, own: Mapping[str, Tensor]) -> TextKeyValues:
         pattern = read_call(*call)[0], *(each.dtype for each in own.values())
-        for known, found in self.slices:
-            shapes = tuple(own[name].shape for name in found.text if name in own)
-            if known == pattern and len(shapes) == len(found.text) and found.shapes in (None, shapes):
-                return found
+        sizes = {name: tuple(each.shape) for name, each in self.original.labelled(call).items()}
+        alike = [known for known in self.slices if known.pattern == pattern and known.found.steered_alike(own)]
+        for known in alike:
+            if known.serves(sizes):
+                return known.found
         self.original.follow(model)
         found, _ = self.original.slice(call, list(own))
         missing = [found.reasons[number] for number in self.operators if number in found.reasons]
@@ -160,7 +192,11 @@ class NegativeKeys:
                 f"the negative text is given by {', '.join(own)}, and at {len(missing)} of {len(self.operators)} sites "
                 f"{missing[0]}: give that to set_negative as well"
             )
-        self.slices.append((pattern, found))
+        free = [] if found.shapes is not None else [name for name in sizes if name not in own]
+        new = _Slice(pattern, {**sizes, **{name: (None,) * len(sizes[name]) for name in free}}, found)
+        twins = [known for known in alike if _same(known.found, found)]
+        self.slices = [known for known in self.slices if known not in twins]
+        self.slices.append(functools.reduce(_Slice.with_sizes_of, twins, new))
         return found
 
 
@@ -189,7 +225,7 @@ def _replaced(original: Original, call: Call, negative: Negative, own: Mapping[s
     for name, value in negative.arguments.items():
         if kwargs.get(name) is None and name not in original.positional(len(args)):
             inner = map(own.__getitem__, _tensors({name: value}))
-            kwargs[name] = substitute(value, partial(_next, inner))
+            kwargs[name] = substitute(value, functools.partial(_next, inner))
     return args, kwargs
 
 

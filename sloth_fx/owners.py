@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from sloth_fx.bind import Form, TokenTest, Variant, Variants, held_objects, make_forward, read_form, unbound
 from sloth_fx.capture import Skeleton, capture
-from sloth_fx.capture.capture import Call
+from sloth_fx.capture.capture import Call, Capture
 from sloth_fx.errors import SlothError
 from sloth_fx.locate import Survey
-from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.attention_map import AttentionMap
-from sloth_fx.passes.guide import GuidedAttention
-from sloth_fx.passes.merge_tokens import MergedAttention
-from sloth_fx.passes.one_image import BranchedAttention, GuidedResult, SharedImage
-from sloth_fx.passes.perturb import PerturbedAttention
-from sloth_fx.passes.reduce_kv import KeyValueReduction
-from sloth_fx.passes.tile_queries import TiledAttention
 from sloth_fx.plan import SitePlan
-from sloth_fx.rewrite import Rewritten, merged_attention, merging_of, operator_name, rewrite
-from sloth_fx.site import AttentionSite
-from sloth_fx.spec import SAG
+from sloth_fx.rewrite import Rewritten, operator_name, rewrite
 
 Plans = dict[int, SitePlan]  # of one owner, by number of the attention call
-Operator = (
-    KeyValueReduction
-    | TiledAttention
-    | MergedAttention
-    | GuidedAttention
-    | SharedImage
-    | GuidedResult
-    | BranchedAttention
-    | PerturbedAttention
-    | AttentionMap
-)
 
 
 @dataclass(frozen=True)
@@ -118,88 +97,6 @@ class OwnerRewriter:
         return [_told_apart(visit, [v.call for v in found if v is not visit] + others) for visit in found]
 
 
-def make_operators(rewritten: Rewritten, plan: SitePlan, visit: int) -> dict[str, Operator]:
-    """The operator modules of one site, by the names under which the rewritten graph calls them."""
-    site, grid = plan.site, plan.site.grid
-    neutral = KeyLayout((1, site.q_tokens))
-    if grid is not None:
-        neutral = KeyLayout((grid[-2], grid[-1]), frames=grid[0] if len(grid) > 2 else 1)
-    operators: dict[str, Operator] = _guides(rewritten, plan, visit, neutral)
-    if plan.perturbing is not None:
-        kind = AttentionMap if isinstance(plan.perturbing, SAG) else PerturbedAttention
-        operators[operator_name("perturb", site.core, visit)] = kind(
-            site.name,
-            rewritten.attend[site.core],
-            plan.perturbing,
-            neutral,
-            folded_heads=rewritten.folded_heads[site.core],
-            query_place=site.query_place,
-            key_place=site.key_place,
-        )
-    if plan.reduces:
-        name = operator_name("reduce", site.core, visit)
-        operators[name] = KeyValueReduction(site.name, plan.pooling, neutral, site.key_place)
-    if plan.tiling is not None:
-        operators[operator_name("tile", site.core, visit)] = TiledAttention(
-            site.name,
-            rewritten.attend[site.core],
-            neutral,
-            folded_heads=rewritten.folded_heads[site.core],
-            concat_local=getattr(plan.tiling, "concat_local", False),
-            concat_global=getattr(plan.tiling, "concat_global", False),
-            query_place=site.query_place,
-            key_place=site.key_place,
-            border=plan.pooling.border,
-            merging=merging_of(plan) if plan.merging is not None else None,
-        )
-    elif plan.merging is not None:
-        operators[operator_name("merge", site.core, visit)] = merged_attention(
-            plan, rewritten.attend[site.core], rewritten.folded_heads[site.core], neutral
-        )
-    return operators
-
-
-def _guides(rewritten: Rewritten, plan: SitePlan, visit: int, neutral: KeyLayout) -> dict[str, Operator]:
-    """The operators by which a negative text guides a site."""
-    site, core = plan.site, plan.site.core
-    name, folded_heads = operator_name("guide", core, visit), rewritten.folded_heads[core]
-    if plan.branching is not None:
-        share = SharedImage(
-            site.name,
-            neutral,
-            query_place=site.query_place,
-            key_place=site.key_place if site.on_image else None,
-            others=_without_text(site),
-            border=plan.pooling.border,
-        )
-        result = GuidedResult(
-            site.name,
-            plan.guiding,
-            neutral,
-            query_place=site.query_place,
-            folded_heads=folded_heads,
-            others=_without_text(site),
-        )
-        made: dict[str, Operator] = {operator_name("share", core, visit): share, name: result}
-        if plan.attends_whole:
-            made[operator_name("attend", core, visit)] = BranchedAttention(rewritten.attend[core], neutral)
-        return made
-    if plan.guiding is not None:
-        attend = rewritten.attend[core]
-        return {name: GuidedAttention(site.name, attend, plan.guiding, neutral, folded_heads=folded_heads)}
-    return {}
-
-
-def _without_text(site: AttentionSite) -> tuple[bool, bool]:
-    """Whether there are tokens before the image, and after it, none of which is text."""
-    image = math.prod(site.grid) if site.grid is not None else site.kv_tokens
-    if site.text is None or site.kind != "joint" or site.key_place.alone or site.q_tokens != site.kv_tokens:
-        return False, False
-    start = site.key_place.start(site.kv_tokens, image)
-    end = start + image
-    return 0 < start <= site.text[0], site.text[1] <= end < site.kv_tokens
-
-
 def _deeds(plan: SitePlan) -> tuple[Any, ...]:
     """What of a plan is part of the graph."""
     merged = plan.merging is not None and plan.merged_tokens
@@ -270,24 +167,29 @@ def _told_apart(visit: PlannedVisit, others: list[Call]) -> PlannedVisit:
 
 @dataclass(frozen=True)
 class _Recapture:
-    """Captures an owner again, on its own, for a call that no capture of it covers."""
+    """Captures an owner again, on its own, for a call that no capture of it covers: one for each branch of a text."""
 
     visits: list[PlannedVisit]
 
-    def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | None:
-        form, tensors = read_form(args, kwargs)
+    def __call__(self, owner: nn.Module, calls: list[Call]) -> Variant | None:
+        form, tensors = read_form(*calls[0])
         visits = sorted(self.visits, key=lambda visit: _form(visit.call) != form)  # those of this form first
         visit = next((v for v in visits if v.tokens is None or v.tokens.holds(owner, tensors)), None)
         if visit is None:
             return None
         skeleton = Skeleton(owner, tensors[0].device if tensors else None)
-        call = skeleton.fake_inputs((args, kwargs))
-        again = PlannedVisit(**{**vars(visit), "call": call, "resized": None})
-        return _variant(skeleton, unbound(skeleton.model), again)[1]
+        fakes = [*map(skeleton.fake_inputs, calls), None]
+        again = PlannedVisit(**{**vars(visit), "call": fakes[0], "resized": fakes[1]})
+        return _variant(skeleton, unbound(skeleton.model), again, alike=len(calls) > 1)[1]
 
 
-def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple[Rewritten, Variant]:
+def _variant(
+    skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit, *, alike: bool = False
+) -> tuple[Rewritten, Variant]:
+    """``alike``: what is done has to be the same at both sizes of the visit."""
     captured = capture(skeleton, owner, visit.call, visit.resized)
+    if alike:
+        _check_alike(captured, visit)
     rewritten = rewrite(captured, skeleton, visit.plans, visit.attentions, visit.number, per_sample=_per_sample(visit))
     form, tensors = read_form(*visit.call)
     operators = [
@@ -304,3 +206,16 @@ def _variant(skeleton: Skeleton, owner: nn.Module, visit: PlannedVisit) -> tuple
         values=captured.values,
     )
     return rewritten, variant
+
+
+def _check_alike(captured: Capture, visit: PlannedVisit) -> None:
+    """Raise :class:`SlothError` where an owner does not do the same with the text and the negative text."""
+    assert visit.resized is not None
+    one, other = (read_form(*call)[1] for call in (visit.call, visit.resized))
+    if captured.alike and all(torch.equal(value, other[index]) for index, value in captured.values.items()):
+        return
+    shapes = "; ".join(f"{tuple(a.shape)}, {tuple(b.shape)}" for a, b in zip(one, other, strict=True))
+    raise SlothError(
+        f"{type(captured.owner).__name__} does not compute the same for the text and the negative text ({shapes}), "
+        "because its Python goes by what differs: pad both to the same length, with masks where it takes any"
+    )

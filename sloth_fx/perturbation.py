@@ -51,26 +51,26 @@ class Perturbation:
         way = "what lies before it is computed once" if reason is None else f"a call of its own: {reason}"
         if reason is None and unchecked is not None:
             way += f", not tried beforehand: {unchecked}"
+        if reason is None and self.plan.branching is not None:
+            way += "; while the negative text guides, a call of its own"
         return {"": way, **dict.fromkeys(self.skipped, f"left out in the perturbed branch; {way}")}
 
 
-def perturbation_for(specs: Sequence[Spec], plan: Plan, found: Survey, call: Call) -> Perturbation | None:
-    """How ``call`` is perturbed, if a spec asks for it. Raises :class:`SlothError` where that is not possible."""
+def perturbation_for(
+    model: nn.Module, specs: Sequence[Spec], plan: Plan, found: Survey, call: Call
+) -> Perturbation | None:
+    """How ``call`` of a ``model`` is perturbed, if a spec asks for it. Raises :class:`SlothError` where that is not
+    possible."""
     spec = next((each for each in specs if isinstance(each, PerturbationSpec)), None)
     if spec is None:
         return None
-    if any(each.branching is not None for each in plan.sites):
-        raise SlothError(
-            f"{type(spec).__name__} and NAG cannot both act on this model: here the negative text passes it in a "
-            "branch of its own"
-        )
-    model, arguments = found.skeleton.model, Arguments(found.skeleton.model, found.adapter)
-    latent = latent_argument(spec, model, arguments, call)
+    arguments = Arguments(found.skeleton.model, found.adapter)
+    latent = latent_argument(spec, found.skeleton.model, arguments, call)
     _check_predicts(found.skeleton, call, spec)
     site, skipped = next((each.site for each in plan.sites if each.perturbing is spec), None), {}
     if isinstance(spec, SLG):
         paths = skipped_blocks(spec, found.sites)
-        skipped = streams_of(found.skeleton, call, paths)
+        skipped = streams_of(model, found.skeleton, call, paths)
         site = next(site for site in found.sites if block_of(site.path) in paths)
     assert site is not None
     if isinstance(spec, SAG):
@@ -78,7 +78,9 @@ def perturbation_for(specs: Sequence[Spec], plan: Plan, found: Survey, call: Cal
         perturbed: Perturbed = SelfAttentionGuidance(spec, latent, found.adapter.axes, flow)
     else:
         perturbed = Perturbed(spec, latent)
-    return Perturbation(SitePlan(site=site, shallowest=site, deepest=site.depth, perturbing=spec), perturbed, skipped)
+    branching = next((each.branching for each in plan.sites if each.branching is not None), None)
+    own = SitePlan(site=site, shallowest=site, deepest=site.depth, perturbing=spec, branching=branching)
+    return Perturbation(own, perturbed, skipped)
 
 
 def _check_predicts(skeleton: Skeleton, call: Call, spec: PerturbationSpec) -> None:

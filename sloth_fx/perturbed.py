@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sloth_fx.branching import Groups, Rows, UnwritableError, picked_groups, rows_in, together
+from sloth_fx.branching import Asks, Groups, Rows, UnwritableError, picked_groups, rows_in, together
 from sloth_fx.capture.capture import Call
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
-from sloth_fx.nested import copied, leaves, mapped
+from sloth_fx.nested import copied, mapped
 from sloth_fx.operators import KeyLayout
 from sloth_fx.operators.perturbation import guided, share_of
 from sloth_fx.perturbation_specs import PerturbationSpec
@@ -36,7 +36,7 @@ class Perturbed(nn.Module):
     """Runs the calls of a model in two branches while ``spec`` acts, and puts both predictions together.
 
     ``latent`` is the argument that has the rows of the batch: its name and its position. With ``shares`` one call
-    serves both branches.
+    serves both branches, unless a negative text has branches of its own in it.
     """
 
     def __init__(self, spec: PerturbationSpec, latent: tuple[str, int]) -> None:
@@ -49,6 +49,7 @@ class Perturbed(nn.Module):
         self.shares = False
         self.scale = torch.tensor(0.0, dtype=torch.float64)  # not a number: another one is no new graph
         self.share = torch.tensor(1.0, dtype=torch.float64)
+        self.spreads = True  # what a group is guided by, to the others
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout, self.halves = layout, halves
@@ -59,7 +60,8 @@ class Perturbed(nn.Module):
     def set_moment(self, moment: Moment, guidance_scale: float | None) -> None:
         """``guidance_scale`` is that of classifier-free guidance which takes what the model returns."""
         self.scale.fill_(self.spec.scale_at(moment))
-        self.share.fill_(share_of(guidance_scale if all(self.rows) else None))
+        self.share.fill_(share_of(guidance_scale))
+        self.spreads = guidance_scale is None
 
     @property
     def acts(self) -> bool:
@@ -69,13 +71,14 @@ class Perturbed(nn.Module):
         """The guided result of ``forward``, that of ``model``."""
         latent = self.latent_of(args, kwargs)
         batch = self._checked_batch(latent)
-        if self.shares:
-            return self._run_shared(model, forward, args, kwargs)
+        if self.shares and not self.layout.guided:
+            with _asking(model, "both"):
+                return self._run_shared(model, forward, args, kwargs)
         result = forward(*copied(args), **copied(kwargs))
-        alone = not all(self.rows) and _by_row((args, kwargs), batch)
-        if alone:
+        alone = not all(self.rows) and can_be_picked((args, kwargs), latent)
+        if alone or all(self.rows):  # of options, it takes those of another call in any case
             args, kwargs = (mapped(lambda each: picked(each, self.rows, batch), given) for given in (args, kwargs))
-        with spoiling(model, alone=alone):
+        with _asking(model, "perturbed", alone=alone):
             perturbed = forward(*args, **kwargs)
         if not alone:
             perturbed = mapped(lambda each: picked(each, self.rows, batch), perturbed)
@@ -133,7 +136,8 @@ class Perturbed(nn.Module):
         precision = torch.promote_types(prediction.dtype, torch.float32)
         numbers: Any = self.scale.to(precision), self.share.to(precision)
         scale, share = numbers
-        return guided(prediction, perturbed, self.rows, scale=scale, rescale=self.spec.rescale, share=share)
+        how: Any = {"rescale": self.spec.rescale, "share": share, "spread": self.spreads}
+        return guided(prediction, perturbed, self.rows, scale=scale, **how)
 
     def _both(self, result: Any, perturbed: Any, *, batch: int) -> Any:
         if not isinstance(result, Tensor):
@@ -158,33 +162,49 @@ def picked(value: Any, groups: Groups, batch: int) -> Any:
     return picked_groups(value, groups)
 
 
-def can_be_picked(call: Call) -> bool:
-    """Whether rows can be picked of a call: not where options of a host may go by the groups of the batch."""
-    return not any(isinstance(each, HandedOn) and each.of_groups is None for each in leaves(call))
+def can_be_picked(call: Call, latent: Tensor) -> bool:
+    """Whether rows can be picked of all that a call has, because each tensor plainly has a row for each of the
+    ``latent``, or one for all. Otherwise the model is asked about all rows once more, which is as right.
 
-
-def _by_row(call: Call, batch: int) -> bool:
-    """Whether each tensor of a call plainly has a row for each of the batch. Otherwise all rows are asked once more."""
+    Not where the rows may lie along another axis, or something else counts as many, or there is something for each row
+    that is no tensor (a list of sizes). Not with masks: of fewer texts the longest may be a shorter one, and a host
+    that packs them lays its tokens in another order. And not where options of a host may go by the groups of the batch.
+    """
     args, kwargs = call
-    given = [*args, *kwargs.values()]
-    given += [item for each in given if isinstance(each, dict) for item in each.values()]
-    if any(isinstance(each, (list, tuple)) for each in given) or not can_be_picked(call):
-        return False
-    return all(each.ndim == 0 or each.shape[0] == batch for each in given if isinstance(each, Tensor))
+    given = [*(("", each) for each in args), *kwargs.items()]
+    return all(value is latent or _is_by_row(name, value, len(latent)) for name, value in given)
+
+
+def _is_by_row(name: str, value: Any, batch: int) -> bool:
+    if isinstance(value, Tensor):
+        counts = (not value.is_floating_point() and "timestep" not in name) or "mask" in name
+        return value.numel() == 1 or (value.shape[0] in (1, batch) and batch not in value.shape[1:] and not counts)
+    if isinstance(value, HandedOn):
+        return value.of_groups is not None
+    if isinstance(value, dict):
+        return all(_is_by_row(*each, batch) for each in value.items())
+    if isinstance(value, (list, tuple)):  # of feature maps, and not of samples
+        maps = [each for each in value if each is not None]
+        return len(value) != batch and all(_has_rows(each, batch) for each in maps)
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+def _has_rows(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 2 and value.shape[0] == batch and batch not in value.shape[1:]
 
 
 @contextmanager
-def spoiling(model: nn.Module, *, alone: bool) -> Iterator[None]:
-    """While it is entered, plain tensors that reach the perturbed sites of ``model`` are those of a perturbed call;
-    ``alone`` tells that it has no rows but those that are guided."""
-    _set(model, spoils=True, alone=alone)
+def _asking(model: nn.Module, asks: Asks, *, alone: bool = False) -> Iterator[None]:
+    """While it is entered, the operators of ``model`` know what its calls are for; ``alone`` tells that these have no
+    rows but those that are guided."""
+    _set(model, asks=asks, alone=alone)
     try:
         yield
     finally:
-        _set(model, spoils=False, alone=False)
+        _set(model, asks="plain", alone=False)
 
 
-def _set(model: nn.Module, **values: bool) -> None:
+def _set(model: nn.Module, **values: Any) -> None:
     for module in model.modules():
         for name, value in values.items():
             if hasattr(module, name):
@@ -233,8 +253,9 @@ def why_not_shared(model: nn.Module, call: Call) -> str | None:
 
 def share(model: nn.Module) -> None:
     """From now on one call of ``model`` serves both branches."""
-    assert isinstance(model._modules[NAME], Perturbed)
-    _set(model, shares=True)
+    perturbed = model._modules[NAME]
+    assert isinstance(perturbed, Perturbed)
+    perturbed.shares = True
 
 
 def install(model: nn.Module, perturbed: Perturbed) -> None:

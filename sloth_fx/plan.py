@@ -135,6 +135,11 @@ class SitePlan:
         return self.tiling is None and self.merging is None
 
     @property
+    def attends_branches(self) -> bool:
+        """Whether the host's own attention takes what differs between two texts; what perturbs it does so by itself."""
+        return self.branching is not None and self.attends_whole and self.perturbing is None
+
+    @property
     def needs_no_grid(self) -> bool:
         """Whether all that is done here is the same for tokens in any order."""
         return not self.reduces and self.attends_whole

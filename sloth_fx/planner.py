@@ -142,15 +142,10 @@ def _check_one_perturbs(specs: Sequence[Spec]) -> None:
 
 
 def _of_perturbed_tokens(plan: SitePlan) -> SitePlan:
-    """A perturbed site has all its keys and queries: nothing else is done to them."""
-    others = [spec for spec in plan.specs if spec is not plan.perturbing]
+    """A perturbed site has all its keys and queries: nothing but a negative text comes to them."""
+    others = [spec for spec in plan.specs if not isinstance(spec, PerturbationSpec | NAG)]
     if plan.perturbing is None or not others:
         return plan
-    if plan.guiding is not None:
-        raise SlothError(
-            f"{plan.site.name}: {type(plan.perturbing).__name__} and NAG cannot both act here: give them different "
-            "sites with where="
-        )
     gone = dict.fromkeys(("reducing", "downsampling", "tiling", "merging"))
     names = " and ".join(dict.fromkeys(type(spec).__name__ for spec in others))
     return replace(plan, **gone, remark=f"{plan.remark}, without {names}")  # type: ignore[arg-type]

@@ -97,8 +97,6 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
     keys = core.key.meta["hint"].shape[-2]
     tokens = keys if site.key_place.alone or site.grid is None else math.prod(site.grid)
     rotated = plan.merging is not None and rotates(core, owner)
-    if plan.perturbing is not None:
-        return perturb(graph, core, operator_name("perturb", site.core, visit), plan.perturbing)
     if plan.branching is None and plan.guiding is not None:
         return guide(graph, core, operator_name("guide", site.core, visit))
     if plan.reduces:
@@ -109,8 +107,10 @@ def _apply(plan: SitePlan, core: AttentionCore, graph: fx.Graph, owner: nn.Modul
         done.append(f"keys and values reduced {place}")
     if plan.branching is not None:
         share, result, attend = (operator_name(deed, site.core, visit) for deed in ("share", "guide", "attend"))
-        core = branch(graph, core, share, result, attend if plan.attends_whole else None)
+        core = branch(graph, core, share, result, attend if plan.attends_branches else None)
         done.append("guided by a negative text in a branch of its own" if plan.guiding is not None else "not guided")
+    if plan.perturbing is not None:
+        done.append(perturb(graph, core, operator_name("perturb", site.core, visit), plan.perturbing))
     if plan.tiling is not None:
         name = operator_name("tile", site.core, visit)
         done.append(f"queries tiled {tile_queries(graph, core, name, rotated=rotated)}")

@@ -17,8 +17,7 @@ _APART = frozenset({"NearSightedTile", "NearSightedAttention", "HyperTile", "Tok
 
 def with_negative_text(sites: Sequence[SiteCost], *, shares: bool) -> tuple[SiteCost, ...]:
     """The sites of a model that runs in two branches while any of them is guided."""
-    by_step = zip(*(each.layouts for each in sites), strict=True)
-    guided = [any(layout is not None and layout.guided for layout in layouts) for layouts in by_step]
+    guided = _guided(sites)
 
     def in_both(cost: SiteCost) -> SiteCost:
         once = [cost.before if cost.site.kind == "cross" else work for work in cost.steps]
@@ -34,20 +33,32 @@ def with_perturbed_branch(
     moments: Sequence[Moment],
     tokens: Sequence[Tokens],
     again: frozenset[str],
+    *,
+    branched: bool,
 ) -> tuple[SiteCost, ...]:
     """The sites of a model of which those named in ``again`` are asked once more while ``spec`` acts; ``tokens`` are
-    those of each site."""
+    those of each site. Where a negative text has a branch of its own (``branched``), all are while it guides, and a
+    perturbed site is spoilt for each text."""
     acting = [spec.acts(moment) for moment in moments]
+    guided = [branched and there for there in _guided(sites)]
 
     def in_both(cost: SiteCost, tokens: Tokens) -> SiteCost:
-        if cost.site.name not in again:
-            return cost
-        spoilt = is_perturbed(cost.site, spec)
-        more = [_perturbed(spec, work, tokens) if spoilt else work for work in cost.steps]
-        steps = [work.plus(other) if acts else work for work, other, acts in zip(cost.steps, more, acting, strict=True)]
-        return replace(cost, steps=tuple(steps))
+        def more(work: Work, once: Work, guides: bool) -> Work:
+            if is_perturbed(cost.site, spec):
+                return _perturbed(spec, once, tokens).times(1 if work == once else 2)
+            return work if guides or cost.site.name in again else NOTHING
+
+        steps = zip(cost.steps, cost.once, guided, acting, strict=True)
+        found = (work.plus(more(work, once, guides)) if acts else work for work, once, guides, acts in steps)
+        return replace(cost, steps=tuple(found))
 
     return tuple(map(in_both, sites, tokens))
+
+
+def _guided(sites: Sequence[SiteCost]) -> list[bool]:
+    """At which steps a negative text guides."""
+    by_step = zip(*(each.layouts for each in sites), strict=True)
+    return [any(layout is not None and layout.guided for layout in layouts) for layouts in by_step]
 
 
 def asked_again(sites: Sequence[SiteReport], spec: PerturbationSpec, *, shares: bool) -> frozenset[str]:

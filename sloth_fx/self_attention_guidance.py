@@ -53,12 +53,12 @@ class SelfAttentionGuidance(Perturbed):
     def set_moment(self, moment: Moment, guidance_scale: float | None) -> None:
         """``guidance_scale`` is that of classifier-free guidance which takes what the model returns."""
         scale = self.spec.scale_at(moment)
-        takes_part = guidance_scale not in (None, 1) and not any(self.rows)
         self.scale.fill_(scale)
-        self.share.fill_(1 / (1 - guidance_scale) if guidance_scale is not None and takes_part else 1.0)
+        self.spreads = guidance_scale is None or guidance_scale == 1
+        self.share.fill_(1.0 if guidance_scale is None or self.spreads or all(self.rows) else 1 / (1 - guidance_scale))
         self.trouble = self._trouble(moment, guidance_scale)
         # Without noise there is nothing to steer; of calls that are conditional or not, it steers those that are not.
-        self.idle = moment.sigma == 0 or (all(self.rows) and guidance_scale is not None)
+        self.idle = moment.sigma == 0 or (all(self.rows) and guidance_scale not in (None, 1))
         if scale and moment.sigma and self.prediction is not None:
             level = self.prediction.level(moment.sigma)
             self.numbers.copy_(torch.tensor([*level, level.shift], dtype=torch.float64))
@@ -111,7 +111,7 @@ class SelfAttentionGuidance(Perturbed):
         channel = axes.index("c")
         count = min(latent.shape[channel], prediction.shape[channel])
         x, p = (self._own(each, batch).narrow(channel, 0, count) for each in (latent, prediction))
-        received = self._own(site.taken(), batch)
+        received = self._own(site.taken()[:batch], batch)  # rows of a negative text come after those
 
         precision = torch.promote_types(x.dtype, torch.float32)
         clean = x.to(precision) * level.of_input + p.to(precision) * level.of_prediction
@@ -128,7 +128,8 @@ class SelfAttentionGuidance(Perturbed):
         numbers: Any = self.scale, self.share
         scale, share = numbers
         perturbed = torch.cat([other, rest], channel)
-        found = guided(prediction, perturbed, self.asked, scale=scale, rescale=self.spec.rescale, share=share)
+        how: Any = {"rescale": self.spec.rescale, "share": share, "spread": self.spreads}
+        found = guided(prediction, perturbed, self.asked, scale=scale, **how)
         return mapped(lambda each: found if each is prediction else each, result)
 
     def _asked_again(
@@ -138,7 +139,7 @@ class SelfAttentionGuidance(Perturbed):
 
         All rows are asked once more where the arguments cannot be told apart.
         """
-        if not all(self.asked) and not can_be_picked(call):
+        if not all(self.asked) and not can_be_picked(call, latent):
             groups = list(latent.chunk(len(self.asked)))
             groups[self.asked.index(True)] = degraded
             whole = torch.cat(groups)
@@ -216,7 +217,7 @@ def recording(model: nn.Module) -> Iterator[AttentionMap]:
 def _regroup(model: nn.Module, rows: tuple[bool, ...], halves: int) -> None:
     operators: list[Any] = list(model.modules())
     for operator in operators:
-        if isinstance(getattr(operator, "layout", None), KeyLayout):
+        if isinstance(getattr(operator, "layout", None), KeyLayout) and hasattr(operator, "set_layout"):
             operator.set_layout(operator.layout, halves)
             if hasattr(operator, "set_rows"):
                 operator.set_rows(rows)

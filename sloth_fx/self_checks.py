@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sloth_fx.branches import NAME, Branches
 from sloth_fx.capture.call import substitute
 from sloth_fx.capture.capture import Call
-from sloth_fx.capture.skeleton import Rehearsal
+from sloth_fx.capture.skeleton import Rehearsal, with_data
 from sloth_fx.errors import SlothError
 from sloth_fx.guidance_specs import NAG
 from sloth_fx.negative import Negative
@@ -36,7 +36,7 @@ def why_not_checked(model: nn.Module, call: Call, tokens: int) -> str | None:
     """Why guidance of ``model`` cannot be tried on a ``call`` with so many ``tokens``: no data, or too much."""
     tensors = [*model.parameters(), *model.buffers()]
     given = [each for each in tree_leaves(call) if isinstance(each, Tensor)]
-    if any(each.is_meta or is_fake(each) for each in (*tensors, *given)):
+    if any(each.is_meta for each in tensors) or any(map(is_fake, (*tensors, *given))):
         return "there is no data"
     if any("_hf_hook" in module.__dict__ for module in model.modules()):
         return "weights are offloaded"
@@ -51,12 +51,12 @@ def why_not_checked(model: nn.Module, call: Call, tokens: int) -> str | None:
 
 def check_guidance(model: nn.Module, call: Call) -> str | None:
     """Raise :class:`SlothError` unless guidance of ``model``, patched and with branches, does on a ``call`` what any
-    guidance does; or say why that cannot be seen. It takes three to four times as long as the call; neither the model
-    nor a random state changes."""
+    guidance does; or say why that cannot be seen. Noise stands for what has no data in the call. It takes three to four
+    times as long as the call; neither the model nor a random state changes."""
     trial = Rehearsal(model)
     trial.model.eval()
     device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    args, kwargs = substitute(call, lambda each: each.detach().to(device))
+    args, kwargs = with_data(call, device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), trial.running():
         return _check(trial.model, (args, kwargs))
@@ -80,7 +80,7 @@ def _perturbed(model: nn.Module, call: Call, *, shares: bool) -> list[Tensor]:
     perturbed.scale = torch.ones((), dtype=torch.float64)
     _set_layouts(trial.model, perturbed=True)
     device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    args, kwargs = substitute(call, lambda each: each.detach().to(device, copy=True))
+    args, kwargs = with_data(call, device)
     if len(perturbed.latent_of(args, kwargs)) % 2 == 0:
         for module in trial.model.modules():
             if hasattr(module, "rows") and isinstance(getattr(module, "layout", None), KeyLayout):
@@ -96,7 +96,6 @@ def _check(model: nn.Module, call: Call) -> str | None:
     text = [id(each) for each in branches.arguments.text(*call).values()]
     given = branches.original.labelled(call)
     own = {name: each for name, each in given.items() if id(each) in text}
-    hidden = any(not each.is_floating_point() and not each.any() for each in given.values())
 
     _set_layouts(model, guided=False)
     try:
@@ -107,18 +106,38 @@ def _check(model: nn.Module, call: Call) -> str | None:
         return "what it gives is not finite"
 
     _set_layouts(model, guided=True)
-    found, reads = _guided(model, call, {name: _other(each) for name, each in own.items()}, _NOTHING)
+    others = {name: _other(each) for name, each in own.items()}
+    found, reads = _guided(model, call, others, _NOTHING)
     name = type(model).__name__
     if not _near(found, base):
         raise SlothError(f"{name}: with alpha=0, guidance changes what the model gives. {_ADVICE}")
-    if not reads and not hidden:
+    shown = {} if reads else _shown(given, own)
+    if shown:
+        _, reads = _guided(model, _replaced(branches, call, shown), others, _NOTHING)
+    if not reads:
         raise SlothError(
             f"{name}: the guided attentions read the same of any text ({', '.join(own)}): nothing would be guided"
         )
-    found, _ = _guided(model, call, own, _PLAIN)
+    found, _ = _guided(model, call, {name: each.clone() for name, each in own.items()}, _PLAIN)
     if not _near(found, base):
         raise SlothError(f"{name}: a negative text that is the text itself changes what the model gives. {_ADVICE}")
     return None
+
+
+def _shown(given: dict[str, Tensor], text: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What may hide all of a text, because it has a zero for each token, with ones."""
+    tokens = {size for each in text.values() for size in each.shape[1:-1] or each.shape[:1]}
+    return {
+        name: torch.ones_like(each)
+        for name, each in given.items()
+        if not each.is_floating_point() and tokens & set(each.shape[-1:]) and not each.any()
+    }
+
+
+def _replaced(branches: Branches, call: Call, tensors: dict[str, Tensor]) -> Call:
+    names = iter(branches.original.labelled(call))
+    args, kwargs = substitute(call, lambda each: tensors.get(next(names), each))
+    return args, kwargs
 
 
 _ADVICE = "The negative text would guide it wrongly, so it is refused"

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, is_fake
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from sloth_fx.branching import apart, rows_in
-from sloth_fx.branching.values import name_of
+from sloth_fx.branching import Asks, apart, rows_in
+from sloth_fx.branching.branched import name_of
+from sloth_fx.capture.call import substitute
 from sloth_fx.capture.capture import Call
-from sloth_fx.capture.skeleton import Skeleton
+from sloth_fx.capture.skeleton import Rehearsal, Skeleton
 from sloth_fx.checks import unknown
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout
@@ -51,44 +54,37 @@ _KEPT = frozenset(
 Name = int | str
 """An argument of a block: its position, or its name."""
 
-Streams = tuple[Name, ...] | Name
-"""For each output of a block, or the only one, the argument that it continues."""
+Streams = tuple[Name | None, ...] | Name
+"""For each output of a block, or the only one, the argument that it continues; of several, some may be ``None``."""
 
 
 class SkippedBlock(nn.Module):
     """Lets a block pass what comes in, in the perturbed branch. ``streams`` tells which input each output continues.
 
-    With ``shares`` one call serves both branches. With ``spoils`` plain tensors are those of the perturbed call, which
-    then is a call of its own.
+    ``asks`` is what the present call of the model is for: the prediction, the perturbed one, or both.
     """
 
     def __init__(self, streams: Streams, layout: KeyLayout) -> None:
         super().__init__()
         self.streams = streams
         self.layout = layout
-        self.spoils = False
-        self.shares = False
-        self.rows: tuple[bool, ...] = (True,)
+        self.asks: Asks = "plain"
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
 
-    def set_rows(self, rows: tuple[bool, ...]) -> None:
-        """Which groups of the batch are guided: without any, the call has one branch."""
-        self.rows = rows
-
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.layout.perturbed and self.spoils:
-            return self._passed(args, kwargs)
-        if not self.layout.perturbed or not self.shares or not any(self.rows):
+        if self.asks == "plain" or not self.layout.perturbed:
             return forward(*args, **kwargs)
+        if self.asks == "perturbed":
+            return self._passed(args, kwargs)
         if next(rows_in((args, kwargs)), None) is None:
             raise TypeError("a block that is left out is not reached by the latent")
         return apart(lambda args, kwargs: forward(*args, **kwargs), self._passed, args, kwargs)
 
     def _passed(self, args: Any, kwargs: Any) -> Any:
-        def named(name: Name) -> Any:
-            return args[name] if isinstance(name, int) else kwargs[name]
+        def named(name: Name | None) -> Any:
+            return None if name is None else args[name] if isinstance(name, int) else kwargs[name]
 
         return tuple(map(named, self.streams)) if isinstance(self.streams, tuple) else named(self.streams)
 
@@ -125,31 +121,51 @@ def skipped_blocks(spec: SLG, sites: Sequence[AttentionSite]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def streams_of(skeleton: Skeleton, call: Call, paths: Sequence[str]) -> dict[str, Streams]:
-    """What each output of the blocks at ``paths`` continues, seen in a run without data.
+def streams_of(model: nn.Module, skeleton: Skeleton, call: Call, paths: Sequence[str]) -> dict[str, Streams]:
+    """What each output of the blocks at ``paths`` continues: seen in a run of the ``skeleton`` of ``model``, or, where
+    the host is steered by what it computes, of a copy with data.
 
     Raises :class:`SlothError` where that is not clear.
     """
+    try:
+        return _seen(skeleton, skeleton.fake_inputs(call), paths)
+    except SlothError as refusal:
+        tensors = [*model.parameters(), *model.buffers()]
+        given = [each for each in tree_leaves(call) if isinstance(each, Tensor)]
+        steered = isinstance(refusal.__cause__, (DataDependentOutputException, DynamicOutputShapeException))
+        if not steered or any(each.is_meta or is_fake(each) for each in (*tensors, *given)):
+            raise
+        real = substitute(call, lambda each: each.detach().to(tensors[0].device))
+        return _seen(Rehearsal(model), real, paths)
+
+
+def _seen(trial: Skeleton | Rehearsal, call: Call, paths: Sequence[str]) -> dict[str, Streams]:
     found: dict[str, Streams] = {}
-    args, kwargs = skeleton.fake_inputs(call)
-    blocks = {path: skeleton.model.get_submodule(path) for path in paths}
+    args, kwargs = call
+    blocks = {path: trial.model.get_submodule(path) for path in paths}
     before = {path: block.__dict__.get("forward") for path, block in blocks.items()}
     for path, block in blocks.items():
         block.forward = _watched(path, block.forward, found)
     try:
-        with skeleton.running():
-            skeleton.model(*args, **kwargs)
+        with trial.running():
+            trial.model(*args, **kwargs)
     except SlothError:
         raise
     except Exception as error:
         raise SlothError(
-            f"SLG: what the blocks of {type(skeleton.model).__name__} add to is seen on a copy without data, which "
-            f"does not run: {type(error).__name__}: {str(error).strip():.200}"
+            f"SLG: what the blocks of {type(trial.model).__name__} add to is seen on a copy of it, which does not run: "
+            f"{type(error).__name__}: {str(error).strip():.200}"
         ) from error
     finally:
         for path, block in blocks.items():
             block.__dict__.pop("forward")
             block.__dict__.update({"forward": before[path]} if before[path] is not None else {})
+    for path, block in blocks.items():
+        if path not in found:
+            raise SlothError(
+                f"SLG: {path} cannot be left out, because it is never called: it is a {type(block).__name__}, whose "
+                "parts the model calls one by one"
+            )
     return found
 
 
@@ -161,16 +177,19 @@ def _watched(path: str, forward: Callable[..., Any], found: dict[str, Streams]) 
         with _Residuals(names) as residuals:
             out = forward(*args, **kwargs)
         outputs = out if isinstance(out, tuple) else (out,)
-        streams = []
+        streams: list[Name | None] = []
         for number, each in enumerate(outputs):
             name = residuals.stream_of(each)
-            if name is None or each.shape != names[name].shape:
+            if isinstance(out, tuple) and each is None:  # a text that ends here
+                streams.append(None)
+            elif name is not None and each.shape == names[name].shape:
+                streams.append(name)
+            else:
                 raise SlothError(
                     f"SLG: which input of {path} its output {number} continues is not clear, so it cannot be left out: "
                     "its blocks have to add to what comes in"
                 )
-            streams.append(name)
-        now = tuple(streams) if isinstance(out, tuple) else streams[0]
+        now: Any = tuple(streams) if isinstance(out, tuple) else streams[0]
         if found.setdefault(path, now) != now:
             raise SlothError(f"SLG: {path} is called in several ways, and cannot be left out")
         return out
@@ -225,6 +244,9 @@ class _Residuals(TorchFunctionMode):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) - 0
             axis = axis % values[0].ndim - values[0].ndim
             return _Joined((axis, *((self._streams.get(id(each)), each.shape[axis]) for each in values)))
+        if name in ("div", "truediv", "mul"):  # by one: a factor that a host has and does not use
+            by_one = len(args) == 2 and isinstance(args[1], (int, float)) and args[1] == 1
+            return self._streams.get(id(args[0])) if by_one else None
         if name in _KEPT or name in ("addcmul", "split", "split_with_sizes", "getitem", "narrow"):
             return self._streams.get(id(args[0])) if args else None
         return None

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from torch import nn
 
 from sloth_fx.bind import bind, clone
-from sloth_fx.branches import Branches, choose_way, install
+from sloth_fx.branch_trials import choose_way
+from sloth_fx.branches import Branches, install
 from sloth_fx.capture.capture import Call
 from sloth_fx.context import TimestepContext
 from sloth_fx.errors import RefusedInputsError, SlothError
@@ -17,7 +18,7 @@ from sloth_fx.guidance import guidance_for
 from sloth_fx.locate import as_call, survey
 from sloth_fx.model_adapters import Arguments, adapter_for, is_known, trial_call
 from sloth_fx.negative import NegativeKeys, Original
-from sloth_fx.owners import OwnerRewriter, PlannedVisit, RewrittenOwner, make_operators
+from sloth_fx.owners import OwnerRewriter, PlannedVisit, RewrittenOwner
 from sloth_fx.passes.guide import GuidedAttention
 from sloth_fx.patch import Patch, is_patched
 from sloth_fx.perturbation import perturbation_for
@@ -25,6 +26,7 @@ from sloth_fx.plan import clocks
 from sloth_fx.planner import block_of, make_plan
 from sloth_fx.report import Report, SiteReport
 from sloth_fx.self_checks import check_guidance, why_not_checked
+from sloth_fx.site_operators import make_operators
 from sloth_fx.spec import NAG, Spec
 from sloth_fx.undo import undone_on_error
 
@@ -125,7 +127,7 @@ class _Request:
         if found.latent is not None:  # a schedule of the caller's own may fail: better now
             patch.context.try_layouts(plan.sites, found.latent)
 
-        perturbation = perturbation_for(self.specs, plan, found, call)
+        perturbation = perturbation_for(model, self.specs, plan, found, call)
 
         patch.context.located_with(model, found.adapter, *call)
         keys = NegativeKeys(Original(found.skeleton), Arguments(found.skeleton.model, found.adapter))
@@ -143,7 +145,7 @@ class _Request:
                     for number in visit.served[core]:
                         name = plans[number].site.name
                         acting[name] = tuple(type(spec).__name__ for spec in each.specs)
-                        remark = f" ({guidance.reason})" if each.branching else plans[number].remark
+                        remark = plans[number].remark + (f" ({guidance.reason})" if each.branching else "")
                         notes[name] = rewritten.done[core] + remark
                 patch.graphs[path] = rewritten.graph
             bind(model.get_submodule(path), owner.forward, operators)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import coverage, coverage_cases
-from benchmarks.coverage_cases import FAILS, NOT_APPLICABLE, WORKS, Measured, Outcome, Subject, measure, subjects
+from benchmarks.coverage_cases import DEAR, FAILS, NOT_APPLICABLE, WORKS, Measured, Outcome, Subject, measure, subjects
 from tests.zoo.registry import MODELS
 
 diffusers = pytest.importorskip("diffusers")
@@ -74,7 +74,16 @@ def outcomes(name):
 def test_a_unet():
     measured, marks = outcomes("UNet2DModel")
     assert measured.sites["self"] == len(MODELS["UNet2DModel"].expected)
-    assert marks == dict.fromkeys(coverage.COLUMNS, WORKS) | {"text K/V": NOT_APPLICABLE}
+    refused = dict.fromkeys(("text K/V", "NAG", "SLG"), NOT_APPLICABLE)
+    assert marks == dict.fromkeys(coverage.COLUMNS, WORKS) | refused
+    assert "(it has: self)" in measured.outcomes["NAG"].note
+
+
+def test_what_has_to_be_called_twice():
+    measured, marks = outcomes("LuminaNextDiT2DModel")
+    assert marks["PAG"] == DEAR
+    assert "rows along axis 0" in measured.outcomes["PAG"].note
+    assert marks["HyperTile"] == WORKS
 
 
 def test_a_dit():

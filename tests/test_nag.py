@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.utils as dynamo
 
 import sloth_fx
-from sloth_fx import NAG, NearSightedTile, Sigma, SlothError, SlothfulAttention, branches
+from sloth_fx import NAG, NearSightedTile, Sigma, SlothError, SlothfulAttention, branch_trials
 from tests import models
 from tests.two_branches import CROSS, Sites, in_order, joint, two_branches
 from tests.zoo.compare import difference
@@ -535,7 +535,7 @@ def test_a_text_of_the_wrong_shape(shape, words):
 @by_branches
 def test_rows_of_one_batch_have_one_length(case, monkeypatch):
     """What is computed once takes any length (``test_nag_lengths.py``)."""
-    monkeypatch.setattr(branches, "why_not_shared", lambda *_: "for a test")
+    monkeypatch.setattr(branch_trials, "why_not_shared", lambda *_: "for a test")
     model, _ = guided(case, negative=case.other_text(tokens=5))
     message = refused(model, case.inputs())
     assert "5 tokens" in message

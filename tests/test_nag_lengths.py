@@ -28,6 +28,9 @@ FAMILIES = {
     "QwenImageTransformer2DModel/edit": ("encoder_hidden_states_mask",),
     "HunyuanVideoTransformer3DModel": (MASK,),
     "MotifVideoTransformer3DModel": (),
+    "PRXTransformer2DModel": ("attention_mask",),
+    "CogVideoXTransformer3DModel/1.5": (),
+    "Krea2Transformer2DModel": ("encoder_attention_mask", "position_ids"),
 }
 
 
@@ -38,6 +41,9 @@ def text_of(call: dict[str, Any], others: tuple[str, ...], tokens: int, rows: in
     found = {TEXT: torch.randn((rows, tokens, *call[TEXT].shape[2:]), generator=random)}
     for name in others:
         given = call[name]
+        if name == "position_ids":  # of text and image
+            found[name] = torch.cat([given[:1].expand(tokens, -1), given[known:]])
+            continue
         axis = 1 if given.shape[0] == call[TEXT].shape[0] else 0
         if "mask" in name:
             mask = torch.ones((rows, tokens), dtype=given.dtype)
@@ -96,6 +102,49 @@ def test_it_equals_two_calls_in_step(name, tokens):
         expected = in_step(model, (call, {**call, **other}), SPEC, read, run=run)
         assert difference(found, expected) < 1e-5
         assert difference(found, run(model, call)) > 0.02
+
+
+@pytest.mark.parametrize("names", [("cond",), ("uncond", "cond")], ids=str)
+@pytest.mark.parametrize("tokens", [(5, 5), (5, 40), (40,)], ids=str)
+def test_texts_in_lists_have_rows_of_their_own(tokens, names):
+    """A host that takes them asks each for its ``len``, and pads them itself."""
+    name, rows = "ZImageTransformer2DModel", 2 * len(names)
+    call = MODELS[name].inputs(rows)
+    patched = sloth_fx.transform(shared(name), SPEC, example_inputs=MODELS[name].inputs())
+    context, random = sloth_fx.context(patched), torch.Generator().manual_seed(2)
+    context.rows = names
+    negative = [torch.randn(each, call["cap_feats"][0].shape[1], generator=random) for each in tokens]
+    context.set_negative(cap_feats=negative)
+    found = at(patched, 0.1, call)
+    other = {**call, "cap_feats": (negative * rows)[:rows]}
+    read = tuple(in_order(sites(name, call["cap_feats"][0].shape[0])) for _ in range(2))
+    guided = [row for row in range(rows) if names[row // 2] == "cond"]
+    expected = in_step(shared(name), (call, other), SPEC, read, run=run, rows=guided)
+    assert difference(found, expected) < 1e-5
+    assert difference(found, run(shared(name), call)) > 0.02
+
+
+def test_both_texts_are_longer_than_the_example():
+    """Between the image and the text lie other tokens, before it its history."""
+    name = "HunyuanVideoFramepackTransformer3DModel"
+    call, random = MODELS[name].inputs(), torch.Generator().manual_seed(2)
+    patched = sloth_fx.transform(shared(name), SPEC, example_inputs=MODELS[name].inputs())
+    tokens = call[TEXT].shape[1] + 9
+    texts = torch.randn(2, 2, tokens, call[TEXT].shape[2], generator=random)
+    mask = torch.ones(2, tokens, dtype=call[MASK].dtype)
+    sloth_fx.context(patched).set_negative(**{TEXT: texts[1]})
+    calls = tuple({**call, TEXT: text, MASK: mask} for text in texts)
+    read = tuple(in_order(sites(name, tokens)) for _ in range(2))
+    assert difference(at(patched, 0.1, calls[0]), in_step(shared(name), calls, SPEC, read, run=run)) < 1e-5
+
+
+def test_a_host_that_takes_one_length_says_so():
+    name = "CogVideoXTransformer3DModel"
+    call = MODELS[name].inputs()
+    patched = sloth_fx.transform(shared(name), SPEC, example_inputs=MODELS[name].inputs())
+    sloth_fx.context(patched).set_negative(**text_of(call, (), 9, 2))
+    with pytest.raises(sloth_fx.SlothError, match=r"meets 310\|306 tokens\. .* or pad both to the same length"):
+        at(patched, 0.1, call)
 
 
 def test_with_classifier_free_guidance():

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sloth_fx
-from sloth_fx import branches
+from sloth_fx import branch_trials
 from tests.zoo.registry import MODELS, run, shared
 
 TEXT = "encoder_hidden_states"
@@ -46,7 +46,7 @@ def work(model, call):
 
 def guided(name, monkeypatch=None):
     if monkeypatch is not None:
-        monkeypatch.setattr(branches, "why_not_shared", lambda *_: "for a test")
+        monkeypatch.setattr(branch_trials, "why_not_shared", lambda *_: "for a test")
     patched = sloth_fx.transform(
         shared(name), sloth_fx.NAG(scale=4.0, tau=2.0, alpha=0.5), example_inputs=MODELS[name].inputs()
     )

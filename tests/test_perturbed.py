@@ -199,10 +199,10 @@ def test_shuffled_tokens(unet):
     assert (result - other).abs().max() > 1e-4
     context.at(0.25)
     site = unet_site(found)
-    site.spoils = True
+    site.asks = "perturbed"
     whose = 50 * torch.eye(6).double()[None, None].expand(1, 2, 6, 6)  # each reads itself, and says who it is
     order = site(whose, whose, whose)[0, 0].argmax(-1)
-    site.spoils = False
+    site.asks = "plain"
     assert order.sort().values.tolist() == list(range(6))
     assert order.tolist() != list(range(6))
     expected = two_calls(

@@ -124,3 +124,25 @@ def test_the_steps_at_which_it_acts():
     early = counted(SLG(layers=(1,), start=0.05, stop=0.2), steps=3)  # all within the first step
     assert [early.flops(step) > early.flops_before() for step in range(3)] == [True, False, False]
     assert (early.graphs, [len(span) for span in early.spans()]) == (2, [1, 2])
+
+
+@pytest.mark.parametrize("kind", ["PAG", "SEG", "SLG"])
+def test_with_a_negative_text_in_joint_attention(kind):
+    """All is asked once more, with both texts; later, when that guides no more, from the perturbed site on."""
+    spec = {"PAG": PAG(), "SEG": SEG(), "SLG": SLG(layers=(2,), start=0.0, stop=1.0)}[kind]
+    texts = sloth_fx.NAG(stop=0.5)
+    cost = counted([texts, spec], joint=True, steps=2)
+    both = N * N + 2 * TEXT * (N + ALL)  # image tokens read the image once, all else is done for each text
+    spoilt = {"PAG": N * (1 + TEXT) + TEXT * ALL, "SEG": ALL**2, "SLG": 0}[kind]
+    assert [each.steps[0].pairs for each in cost.sites] == [2 * both, 2 * both, both + 2 * spoilt, 2 * both]
+    assert [each.steps[1].pairs for each in cost.sites] == [ALL**2, ALL**2, ALL**2 + spoilt, 2 * ALL**2]
+    if kind == "PAG":
+        return  # what each token reads of itself is no attention kernel
+    model = sloth_fx.transform(Host(), [texts, spec], example_inputs=inputs(joint=True))
+    context = sloth_fx.context(model)
+    context.set_negative(text=torch.randn(2, TEXT, DIM))
+    for step, progress in enumerate((0.0, 0.5)):
+        context.at(progress)
+        with torch.no_grad(), Kernels() as kernels:
+            model(**inputs(joint=True))
+        assert kernels.pairs == 2 * sum(each.steps[step].pairs for each in cost.sites)

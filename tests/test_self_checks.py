@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sloth_fx
-from sloth_fx import NAG, SlothError, branches, self_checks
+from sloth_fx import NAG, SlothError, branch_trials, self_checks
 from sloth_fx.passes import one_image
-from tests import models
+from tests import models, text_hosts
 from tests.zoo.registry import MODELS, run, shared
 
 SD3 = "SD3Transformer2DModel/sd35"
@@ -31,7 +31,7 @@ def refused(model=None):
 @pytest.fixture(params=["shared", "two branches"])
 def way(request, monkeypatch):
     if request.param == "two branches":
-        monkeypatch.setattr(branches, "why_not_shared", lambda *_: "for a test")
+        monkeypatch.setattr(branch_trials, "why_not_shared", lambda *_: "for a test")
 
 
 @pytest.mark.usefixtures("way")
@@ -63,6 +63,56 @@ class TestEachWay:
         torch.nn.init.zeros_(model.proj_out.weight)
         torch.nn.init.zeros_(model.proj_out.bias)
         transformed(model)
+
+
+def test_it_is_tried_without_an_example_too():
+    """Noise stands for arguments that have no data."""
+    model = copy.deepcopy(shared(SD3))
+    assert not any("not tried" in site.note for site in sloth_fx.report(sloth_fx.transform(model, NAG())))
+    torch.nn.init.zeros_(model.context_embedder.weight)
+    with pytest.raises(SlothError, match="the guided attentions read the same of any text"):
+        sloth_fx.transform(model, NAG())
+
+
+def test_a_host_that_is_steered_by_data_is_tried_without_an_example():
+    report = sloth_fx.report(sloth_fx.transform(shared("HiDreamImageTransformer2DModel"), NAG()))
+    notes = [site.note for site in report if "NAG" in site.operators]
+    assert notes
+    assert all(note.endswith("is computed once") for note in notes)
+
+
+def test_whole_numbers_that_are_zero_excuse_nothing():
+    """Crop coordinates of zero, in a model that ignores its text."""
+    name = "CogView4Transformer2DModel"
+    model, call = copy.deepcopy(shared(name)), MODELS[name].inputs()
+    assert not call["crop_coords"].any()
+    sloth_fx.transform(model, NAG(), example_inputs=call)
+    for parameter in model.patch_embed.text_proj.parameters():
+        torch.nn.init.zeros_(parameter)
+    with pytest.raises(SlothError, match="the guided attentions read the same of any text"):
+        sloth_fx.transform(model, NAG(), example_inputs=call)
+
+
+class Masked(text_hosts.MaskOfZeros):
+    """The mask multiplies the text, before it gets anywhere."""
+
+    ignores = False
+
+    def run(self, text, image, vector, mask):
+        return super().run(text * mask[..., None] * (not self.ignores), image, vector, torch.ones_like(mask))
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_mask_that_hides_all_of_the_example_is_lifted(ignores):
+    model, call = text_hosts.build(Masked), text_hosts.call_of(Masked)
+    model.ignores = ignores
+    call[text_hosts.MASK].zero_()
+    if ignores:
+        with pytest.raises(SlothError, match="the guided attentions read the same of any text"):
+            sloth_fx.transform(model, NAG(), example_inputs=call)
+    else:
+        report = sloth_fx.report(sloth_fx.transform(model, NAG(), example_inputs=call))
+        assert not any("not tried" in site.note for site in report)
 
 
 def test_what_is_not_tried_is_reported(monkeypatch):

@@ -27,11 +27,13 @@ from tests.zoo.count import attend
 @dataclass(frozen=True)
 class ReadsText:
     """An attention of image tokens to text. ``queries`` and ``keys`` are the image's among the tokens: ``None`` stands
-    for all queries, and for no key. ``guided`` tells whether a spec selects it."""
+    for all queries, and for no key. ``guided`` tells whether a spec selects it, and ``attend`` what takes the place of
+    attention there."""
 
     queries: slice | None = None
     keys: slice | None = None
     guided: bool = True
+    attend: Callable[..., Tensor] = attend
 
 
 CROSS = ReadsText()
@@ -39,10 +41,10 @@ Sites = Callable[[Tensor, Tensor], ReadsText | None]
 """What an attention of query and key is; ``None`` where no image token reads text. It is asked once for each."""
 
 
-def joint(first: int, tokens: int, *, guided: bool = True) -> ReadsText:
+def joint(first: int, tokens: int, *, guided: bool = True, attend: Callable[..., Tensor] = attend) -> ReadsText:
     """Attention over a sequence in which the image lies from ``first`` on."""
     image = slice(first, first + tokens)
-    return ReadsText(image, image, guided)
+    return ReadsText(image, image, guided, attend)
 
 
 def in_order(sites: Iterable[ReadsText | None]) -> Sites:
@@ -113,11 +115,11 @@ def _guiding(
         for each in (key, value) if site.keys is not None else ():
             each[batch:, :, site.keys] = each[guided][:, :, site.keys]
         if lengths is None:
-            out = attend(query, key, value, **options)
+            out = site.attend(query, key, value, **options)
         else:
             assert options.get("attn_mask") is None
             cut = ((slice(0, batch), lengths[0]), (slice(batch, None), lengths[1]))
-            out = torch.cat([attend(query[of], key[of, :, :n], value[of, :, :n], **options) for of, n in cut])
+            out = torch.cat([site.attend(query[of], key[of, :, :n], value[of, :, :n], **options) for of, n in cut])
         new = out[guided][:, :, image]
         if site.guided:
             new = guide(new, out[batch:, :, image], spec)
@@ -159,7 +161,7 @@ def in_step(
             query[..., _all(site.queries), :] = image[0][..., _all(theirs.queries), :]
             for each, other in zip((key, value), image[1:], strict=True) if site.keys is not None else ():
                 each[..., site.keys, :] = other[..., theirs.keys, :]
-        out = attend(query, key, value, **options)
+        out = site.attend(query, key, value, **options)
         read[mine] = out[..., _all(site.queries), :].clone()
         meet.wait()
         image, negative = read

@@ -6,7 +6,7 @@ it need not run again, and another text's keys and values are to be had without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class TextKeyValues:
     ``cores`` are the attentions of the whole graph (by their order) for which the slice gives these; ``reasons`` says
     for each of the others why it does not. ``text`` are the names of the inputs that it takes. Sizes that the model
     reads from other inputs are those of the example; ``shapes`` are then the only shapes of text that the slice serves.
+    ``values`` are what the host's Python has read in the text, and has to find again. What it decided by shapes of the
+    text is as for the example: a slice of other shapes is the same if ``code`` and ``steered_by`` are.
     """
 
     function: Callable[..., Any]
@@ -34,6 +36,9 @@ class TextKeyValues:
     cores: tuple[int, ...]
     reasons: dict[int, str]
     shapes: tuple[torch.Size, ...] | None
+    values: dict[str, Tensor]
+    code: str
+    steered_by: list[tuple[int, ...]]
 
     def __call__(self, model: nn.Module, *text: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor | None]]:
         """Key (B, H, M, D), value (B, H, M, Dv) and mask, if there is one, by core, from the tensors that are named in
@@ -43,7 +48,16 @@ class TextKeyValues:
         shapes = tuple(each.shape for each in text)
         if self.shapes is not None and shapes != self.shapes:
             raise SlothError(f"text of shapes {shapes} is given; the slice was captured for {self.shapes}")
+        if not self.steered_alike(dict(zip(self.text, text, strict=True))):
+            raise SlothError(f"the slice was captured for another {', '.join(self.values)}, by which the model goes")
         return self.function(model, *text)  # type: ignore[no-any-return]
+
+    def steered_alike(self, text: Mapping[str, Tensor]) -> bool:
+        """Whether what the host's Python reads in a ``text`` is what it has read."""
+        return all(
+            name in text and text[name].shape == value.shape and torch.equal(text[name].to(value.device), value)
+            for name, value in self.values.items()
+        )
 
 
 def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
@@ -59,7 +73,8 @@ def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
     dependencies = Dependencies(whole.graph)
     reasons: dict[int, str] = {}
     found: dict[int, tuple[fx.Node | None, ...]] = {}
-    steering = {list(whole.inputs.values())[index] for index in whole.values}  # their values are part of the graph
+    labels = list(whole.inputs)
+    steering = {whole.inputs[labels[index]] for index in whole.values}  # their values are part of the graph
     for index, core in enumerate(attention_cores(whole.graph)):
         needed = dependencies.placeholders(core.key) | dependencies.placeholders(core.value)
         needed |= dependencies.placeholders(core.mask) if core.mask is not None else frozenset()
@@ -79,6 +94,9 @@ def text_kv(whole: WholeGraph, text: Iterable[str]) -> TextKeyValues:
         cores=tuple(found),
         reasons=reasons,
         shapes=shapes if slice_.baked else None,
+        values={labels[index]: value for index, value in whole.values.items() if found and labels[index] in names},
+        code=slice_.graph.python_code("self").src,
+        steered_by=whole.steered_by,
     )
 
 

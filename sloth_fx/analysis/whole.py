@@ -27,7 +27,8 @@ class WholeGraph:
 
     ``inputs`` are the placeholders by the names of the arguments whose tensors they stand for. ``function(model,
     *tensors)`` runs the graph. Sizes, dtypes and devices are those of the example wherever they decided a branch, and
-    ``values`` those of the inputs (by number) that Python has read.
+    ``values`` those of the inputs (by number) that Python has read. ``steered_by`` are, for each decision of the host's
+    Python, the integers that it was made from.
     """
 
     graph: fx.Graph
@@ -35,6 +36,7 @@ class WholeGraph:
     inputs: dict[str, fx.Node]
     pattern: tuple[Any, ...]
     values: dict[int, torch.Tensor]
+    steered_by: list[tuple[int, ...]]
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What ``model(*args, **kwargs)`` returns. Raises :class:`SlothError` for another pattern of call, or other
@@ -87,6 +89,7 @@ def capture_whole(skeleton: Skeleton, call: Call, *, canonical: bool = True) -> 
             for index, (node, tensor) in enumerate(zip(placeholders, read_call(*fake_call)[1], strict=True))
             if node in recorder.read
         },
+        steered_by=recorder.steered_by,
     )
 
 

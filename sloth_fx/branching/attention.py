@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from sloth_fx.branching.values import Branched, Pair, Part, Tokens, narrowed, of
+from sloth_fx.branching.branched import Branched
+from sloth_fx.branching.values import Pair, Part, Tokens, narrowed, of
 from sloth_fx.operators import Attend, attention_with_lse, merge_attention
 
 
@@ -26,7 +28,7 @@ def attend_branches(
     branches share of queries and keys is attended once, where ``attend`` is torch's own, or a host's that is told no
     more than a scale, and where a mask hides the same of it in both.
     """
-    if not any(isinstance(each, Branched) for each in (query, key, value, mask)):
+    if not _differ(query, key, value, mask):
         return attend(query, key, value, *([] if mask is None else [mask]), **options)
     mergeable = (
         (attend is F.scaled_dot_product_attention or hasattr(attend, "sloth_fx_softmax"))
@@ -48,8 +50,7 @@ def attend_branches(
         if isinstance(part, Tensor) and shared and own:
             alike = _hidden_in_both(mask, hides, key, shared)
         if alike is None or not isinstance(part, Tensor):
-            read = _each(attend, part, key, value, hides, options)
-            found.append(Read(read.positive, read.negative) if isinstance(part, Tensor) else read)
+            found.append(_read_by(part, _each(attend, part, key, value, hides, options)))
             continue
         scale = options.get("scale")
         image = attention_with_lse(part, _beside(key, shared, 0), _beside(value, shared, 0), scale, *alike)
@@ -59,8 +60,34 @@ def attend_branches(
             )
             for branch in range(2)
         ]
-        found.append(Read(*(merge_attention(*image, *text) for text in texts)))
+        positive, negative = (merge_attention(*image, *text) for text in texts)
+        found.append(Read(positive, negative))
     return found[0] if len(found) == 1 else Tokens(found, query.axis)
+
+
+def attend_apart(attend: Callable[..., Any], query: Any, *given: Any) -> Any:
+    """``attend(query, *given)`` in each branch for itself, with all queries at once: which are the image's may matter.
+    It returns one tensor, with a token for each query."""
+    if not _differ(query, *given):
+        return attend(query, *given)
+    positive, negative = (attend(of(query, branch), *of(given, branch)) for branch in range(2))
+    read = Pair(positive, negative)
+    if not isinstance(query, Tokens):
+        return _read_by(query, read)
+    found, first = [], 0
+    for part, size in zip(query.parts, query.sizes, strict=True):
+        found.append(_read_by(part, narrowed(read, query.axis, first, size)))
+        first = first + size
+    return Tokens(found, query.axis)
+
+
+def _differ(*values: Any) -> bool:
+    """Whether some of the values are another in each branch of a text."""
+    return any(isinstance(each, (Pair, Tokens)) for each in values)
+
+
+def _read_by(query: Any, read: Pair) -> Pair:
+    return Read(read.positive, read.negative) if isinstance(query, Tensor) else read
 
 
 def _hidden_in_both(mask: Any, hides: Any, key: Tokens, parts: list[int]) -> tuple[Tensor | None] | None:
@@ -96,12 +123,9 @@ def _columns(mask: Any, key: Tokens, parts: list[int], branch: int) -> Any:
 
 def _each(attend: Attend, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Pair:
     """Each branch for itself."""
-    results = []
-    for branch in range(2):
-        given = [of(each, branch) for each in (query, key, value)]
-        masks = [] if mask is None else [of(mask, branch)]
-        results.append(attend(*given, *masks, **of(options, branch)))
-    return Pair(*results)
+    given = [query, key, value, *([] if mask is None else [mask])]
+    positive, negative = (attend(*of(given, branch), **of(options, branch)) for branch in range(2))
+    return Pair(positive, negative)
 
 
 def _beside(tokens: Tokens, parts: list[int], branch: int) -> Tensor:

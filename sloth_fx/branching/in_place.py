@@ -23,5 +23,5 @@ class UnwritableError(RuntimeError):
 
 def writes(function: Any) -> bool:
     """Whether a function writes into its first argument; other than by an index."""
-    name = str(getattr(function, "__name__", ""))
+    name = str(getattr(function, "__name__", "")).partition(".")[0]  # an operation's overload behind it
     return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sloth_fx.branching.lengths import Length
-from sloth_fx.branching.values import Branched, Pair, apply, of, paired
+from sloth_fx.branching.values import OfTexts, Pair, apply, of, paired
 
 
 class TwoLengths(TorchFunctionMode):
@@ -18,7 +18,11 @@ class TwoLengths(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return apply(function, args, kwargs) if _has_length((args, kwargs)) else function(*args, **kwargs)
+        if _holds((args, kwargs), (OfTexts, Length)):
+            return apply(function, args, kwargs)
+        if function is torch.Tensor.unflatten:  # Python's super, which TorchDynamo does not follow into a mode
+            return args[0].unflatten(*args[1:], **kwargs)
+        return function(*args, **kwargs)
 
 
 def take_lengths(model: nn.Module) -> None:
@@ -36,13 +40,13 @@ def run_apart(module: nn.Module) -> None:
 
 
 def _forward_apart(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not any(isinstance(each, (Branched, Length)) for each in (*args, *kwargs.values())):
+    if not _holds((args, kwargs), (OfTexts, Length)):
         return type(self).forward(self, *args, **kwargs)
     return _for_each(self, args, kwargs)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not _has_length((args, kwargs)):
+    if not _holds((args, kwargs), Length):
         return type(self).forward(self, *args, **kwargs)
     return _for_each(self, args, kwargs)
 
@@ -50,6 +54,12 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _for_each(self: nn.Module, args: Any, kwargs: Any) -> Any:
     positive, negative = (type(self).forward(self, *of(args, branch), **of(kwargs, branch)) for branch in range(2))
     return _merged(paired(positive, negative))
+
+
+def calls_of(args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
+    """The arguments of a call as they are in each branch; of one that is the same in both, once."""
+    count = 2 if _holds((args, kwargs), (OfTexts, Length)) else 1
+    return [of((args, kwargs), branch) for branch in range(count)]
 
 
 def _merged(value: Any) -> Any:
@@ -60,17 +70,18 @@ def _merged(value: Any) -> Any:
 
 
 def one_if_equal(value: Any) -> Any:
-    """The tensor that a pair is twice, if it is; to tell, it is read."""
-    if not isinstance(value, Pair) or value.positive.shape != value.negative.shape:
+    """The tensor that a pair is twice, if it is; to tell, it is read, which a graph cannot do."""
+    if torch.compiler.is_compiling() or not isinstance(value, Pair) or value.positive.shape != value.negative.shape:
         return value
     return value.positive if torch.equal(value.positive, value.negative) else value
 
 
-def _has_length(value: Any) -> bool:
+def _holds(value: Any, kinds: Any) -> bool:
+    """Whether there is something of these kinds in an argument."""
     if isinstance(value, (list, tuple)):
-        return any(map(_has_length, value))
+        return any(_holds(each, kinds) for each in value)
     if isinstance(value, dict):
-        return any(map(_has_length, value.values()))
+        return any(_holds(each, kinds) for each in value.values())
     if isinstance(value, slice):
-        return isinstance(value.start, Length) or isinstance(value.stop, Length)
-    return isinstance(value, Length)
+        return isinstance(value.start, kinds) or isinstance(value.stop, kinds)
+    return isinstance(value, kinds)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sloth_fx.branching.branched import name_of
 from sloth_fx.branching.rows import ROW_RULES, Rows, picked_groups, rows_in
-from sloth_fx.branching.values import name_of
 
 _ELEMENTWISE = (
     *("add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "pow", "addcmul"),
+    *("radd", "rmul", "rtruediv", "rfloordiv", "rmod", "rpow", "rand", "ror", "rxor"),
     *("addcdiv", "lerp", "neg", "abs", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "sin", "cos", "sigmoid"),
     *("tanh", "relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "softplus", "hardswish", "hardtanh", "erf"),
     *("clamp", "clip", "nan_to_num", "dropout", "contiguous", "clone", "detach", "float", "half", "bfloat16", "double"),

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sloth_fx.branching.branched import Method, name_of
 from sloth_fx.branching.rows import ROW_RULES, Rows, rows_in
-from sloth_fx.branching.values import Method, name_of
 
 
 def _wrong(what: str, rows: Rows) -> TypeError:

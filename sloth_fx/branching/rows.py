@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sloth_fx.branching.branched import Branched, name_of
 from sloth_fx.branching.in_place import UnwritableError, writes
-from sloth_fx.branching.values import Branched, name_of
 
 Groups = tuple[bool, ...]
 """For each group of a batch, one after another, whether it is in the other branch as well."""
+
+Asks = Literal["plain", "perturbed", "both"]
+"""What a call of the model is for: tensors are those of that prediction, and what serves both comes as `Rows`."""
 
 
 class Rows(Branched):

@@ -7,121 +7,37 @@ computes once. The host's own Python does this, by ``__torch_function__``: nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sloth_fx.branching.in_place import IN_PLACE, UnwritableError, writes
-from sloth_fx.branching.lengths import Length, both, number
+from sloth_fx.branching.branched import Branched, name_of
+from sloth_fx.branching.in_place import UnwritableError, writes
+from sloth_fx.branching.lengths import Length, both, comparable, number, overlap
+from sloth_fx.nested import leaves
 
 
-class Branched:
-    """Stands for a tensor in each of two branches."""
-
-    positive: Tensor
-    negative: Tensor
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return cls.applied(function, args, kwargs or {})
+class OfTexts(Branched):
+    """Differs because the text does: whatever works on it works on both branches."""
 
     @classmethod
     def applied(cls, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """``function`` of arguments of which some are values of this kind."""
         return apply(function, args, kwargs)
 
-    @property
-    def shape(self) -> torch.Size:
-        raise NotImplementedError
 
-    @property
-    def dtype(self) -> torch.dtype:
-        raise NotImplementedError
+class Pair(OfTexts):
+    """Two tensors: what a value is in the one branch, and in the other. They may differ in size.
 
-    @property
-    def device(self) -> torch.device:
-        raise NotImplementedError
+    ``copied`` tells that they look at a copy of a sequence of tokens, which would not see what is written into them.
+    """
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __len__(self) -> int:
-        if isinstance(self.shape[0], Length):
-            raise TypeError(f"len is {self.shape[0]!r}, a number of its own in each branch")
-        return self.shape[0]
-
-    def __getattr__(self, name: str) -> Any:
-        if not callable(getattr(torch.Tensor, name)):
-            return self.applied(getattr, (self, name), {})
-        return partial(apply_method, name, self)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.applied(torch.Tensor.__getitem__, (self, index), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.applied(torch.Tensor.__setitem__, (self, index, value), {})
-
-    def __bool__(self) -> bool:
-        raise TypeError("whether this is true may differ between the branches")
-
-    __hash__ = object.__hash__
-
-
-def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: Branched, *others: Any) -> Any:
-        return self.applied(function, (self, *others), {})
-
-    return method
-
-
-for _name, _function in {
-    **{name: getattr(torch, name) for name in ("neg", "add", "sub", "mul", "matmul", "pow", "eq", "ne", "lt", "le")},
-    **{name: getattr(torch, name) for name in ("gt", "ge")},
-    "truediv": torch.div,
-    "floordiv": torch.floor_divide,
-    "mod": torch.remainder,
-    "invert": torch.bitwise_not,
-    "and": torch.bitwise_and,
-    "or": torch.bitwise_or,
-    "xor": torch.bitwise_xor,
-    "radd": torch.add,
-    "rmul": torch.mul,
-    "rsub": torch.rsub,
-    "rand": torch.bitwise_and,
-    "ror": torch.bitwise_or,
-}.items():
-    setattr(Branched, f"__{_name}__", _operator(_function))
-
-
-def _in_place(method: str) -> Callable[..., Any]:
-    """``x += y`` is seen under all names that x has: a new value would be seen under one alone."""
-
-    def write(self: Branched, other: Any) -> Any:
-        return apply_method(method, self, other)
-
-    return write
-
-
-for _name, _method in IN_PLACE.items():
-    setattr(Branched, _name, _in_place(_method))
-
-
-class Pair(Branched):
-    """Two tensors: what a value is in the one branch, and in the other. They may differ in size."""
-
-    def __init__(self, positive: Tensor, negative: Tensor) -> None:
+    def __init__(self, positive: Tensor, negative: Tensor, copied: bool = False) -> None:
         self.positive = positive
         self.negative = negative
+        self.copied = copied
 
     @property
     def shape(self) -> torch.Size:
@@ -137,8 +53,11 @@ class Pair(Branched):
         return self.positive.device
 
 
-class Tokens(Branched):
-    """``parts`` follow each other along ``axis``: tensors that are the same in both branches, and pairs."""
+class Tokens(OfTexts):
+    """``parts`` follow each other along ``axis``: tensors that are the same in both branches, and pairs.
+
+    What looks at the same data has the same parts, or views of them: so what is written into one is seen by all.
+    """
 
     def __init__(self, parts: Sequence[Part], axis: int) -> None:
         self.parts = list(parts)
@@ -178,10 +97,10 @@ class Tokens(Branched):
         """The tokens from ``start`` to ``stop``."""
         found: list[Part] = []
         for part, size in zip(self.parts, self.sizes, strict=True):
-            first, last = max(start, 0), min(stop, size)
-            if first < last:
-                whole = (first, last) == (0, size)
-                found.append(part if whole else narrowed(part, self.axis, first, last - first))
+            first, length = overlap(start, stop, size)
+            if any(number(length, branch) > 0 for branch in range(2)):
+                whole = comparable([length]) == comparable([size])
+                found.append(part if whole else narrowed(part, self.axis, first, length))
             start, stop = start - size, stop - size
         if not found:
             found = [narrowed(self.parts[0], self.axis, 0, 0)]
@@ -195,52 +114,81 @@ Rule = Callable[[Any, Any, dict[str, Any]], Any]
 RULES: dict[str, Rule] = {}
 """By name of a function, what works on parts of tokens alike: rule(function, args, kwargs), or NotImplemented."""
 
+WRITES: dict[str, Rule] = {}
+"""By name of a function, what writes into the parts of tokens, where they lie."""
+
+
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes the names of NumPy as well
+
 
 def apply(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     """``function`` of arguments of which some are branched: part by part where a rule says how, else branch by branch,
     which is always right."""
-    _check_writes(function, args, kwargs)
-    if writes(function):
+    for name in ("input", "tensors"):
+        if not args and name in kwargs:
+            args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+    if writes(function) or name_of(function) == "setitem":
         return _written(function, args, kwargs)
+    if kwargs.get("out") is not None:
+        raise UnwritableError(f"{name_of(function)} writes into what is the same in both branches")
     rule = RULES.get(name_of(function))
-    found = rule(function, args, dict(kwargs)) if rule is not None else NotImplemented
+    named = {_NUMPY.get(name, name): value for name, value in kwargs.items()}
+    found = rule(function, args, named) if rule is not None else NotImplemented
     if found is not NotImplemented:
         return found
-    return paired(function(*of(args, 0), **of(kwargs, 0)), function(*of(args, 1), **of(kwargs, 1)))
+    args, kwargs = _together(args), _together(kwargs)
+    found = paired(*(function(*of(args, branch), **of(kwargs, branch)) for branch in range(2)))
+    _note_copies((*args, *kwargs.values()), found)
+    return found
 
 
 def _written(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
-    target = args[0]
+    """``function``, which writes into its first argument. Raises UnwritableError where what is written would be lost,
+    or be seen by both branches."""
+    target, name = args[0], name_of(function)
     if isinstance(target, Tokens):
-        found = apply(Method(name_of(function)), args, kwargs)
-        if not isinstance(found, Tokens) or found.axis != target.axis or found.sizes != target.sizes:
-            raise UnwritableError("what is written into a sequence of tokens is cut otherwise in each branch")
-        target.parts = [part.to(target.dtype) for part in found.parts]
+        rule = WRITES.get(name)
+        if rule is None or rule(function, args, dict(kwargs)) is NotImplemented:
+            raise UnwritableError(f"{name} writes into a sequence of tokens, and not into each token alone")
         return target
+    if not isinstance(target, Pair):
+        raise UnwritableError(f"{name} writes into what is the same in both branches")
+    if target.copied:
+        raise UnwritableError(f"{name} writes into a part of a sequence of tokens, which may differ in each branch")
+    if not torch.compiler.is_compiling() and _same_data(target.positive, target.negative):
+        raise UnwritableError(f"{name} writes for both branches into the same data")
+    args, kwargs = _together(args), _together(kwargs)
     for branch in range(2):
         function(*of(args, branch), **of(kwargs, branch))
     return target
 
 
+def _together(value: Any) -> Any:
+    """A copy of each sequence of tokens, as one tensor in each branch."""
+    return changed(value, lambda each: Pair(each.positive, each.negative, True) if isinstance(each, Tokens) else each)
+
+
+def _note_copies(given: Iterable[Any], found: Any) -> None:
+    """Remember of what was ``found`` that it looks at a copy.
+
+    Not while a graph is made, where storages cannot be asked: what cannot be done was found out without one.
+    """
+    copies = [each for each in leaves(tuple(given)) if isinstance(each, Pair) and each.copied]
+    if not copies or torch.compiler.is_compiling():
+        return
+    for new in leaves(found):
+        if isinstance(new, Pair):
+            new.copied = any(_same_data(new.positive, old.positive) for old in copies)
+
+
+def _same_data(one: Tensor, other: Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function`` of arguments of which some may be branched; methods of tensors take no others by themselves."""
-    branched = any(isinstance(each, Branched) for each in (*args, *kwargs.values()))
+    branched = any(isinstance(each, (Branched, Length)) for each in (*args, *kwargs.values()))
     return apply(function, args, kwargs) if branched else function(*args, **kwargs)
-
-
-def apply_method(name: str, *args: Any, **kwargs: Any) -> Any:
-    """The method ``name`` of the first argument."""
-    return args[0].applied(Method(name), args, kwargs)
-
-
-class Method:
-    """A method by its name, as a function of what has it."""
-
-    def __init__(self, name: str) -> None:
-        self.__name__ = name
-
-    def __call__(self, first: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(first, self.__name__)(*args, **kwargs)
 
 
 def joined(results: list[Any], axis: int) -> Any:
@@ -250,21 +198,27 @@ def joined(results: list[Any], axis: int) -> Any:
     return Tokens(results, axis)
 
 
-def name_of(function: Any) -> str:
-    return str(getattr(function, "__name__", "")).strip("_")
-
-
 def of(value: Any, branch: int) -> Any:
     """What a value is in one branch: 0, or 1 for the negative text's."""
-    if isinstance(value, Branched):
-        return value.negative if branch else value.positive
+
+    def of_one(value: Any) -> Any:
+        if isinstance(value, Branched):
+            return value.negative if branch else value.positive
+        return number(value, branch)
+
+    return changed(value, of_one)
+
+
+def changed(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """An argument in which ``convert`` is applied to all that is no container."""
     if isinstance(value, (list, tuple)):
-        return type(value)([of(each, branch) for each in value])
+        items = [changed(each, convert) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: of(each, branch) for key, each in value.items()}
+        return {key: changed(each, convert) for key, each in value.items()}
     if isinstance(value, slice):
-        return slice(of(value.start, branch), of(value.stop, branch), of(value.step, branch))
-    return number(value, branch)
+        return slice(*(changed(each, convert) for each in (value.start, value.stop, value.step)))
+    return convert(value)
 
 
 def paired(positive: Any, negative: Any) -> Any:
@@ -275,15 +229,6 @@ def paired(positive: Any, negative: Any) -> Any:
         items = [paired(*each) for each in zip(positive, negative, strict=True)]
         return type(positive)(*items) if hasattr(positive, "_fields") else type(positive)(items)
     return both(positive, negative)
-
-
-def _check_writes(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raises UnwritableError for what is written into where it would be lost, or be seen by both branches."""
-    name = str(getattr(function, "__name__", ""))
-    into = writes(function) or name == "__setitem__"
-    lost = kwargs.get("out") is not None
-    if lost or (into and not isinstance(args[0], (Pair, Tokens))):
-        raise UnwritableError(f"{name} writes into what is the same in both branches")
 
 
 def positive_of(value: Any) -> Any:

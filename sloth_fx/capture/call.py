@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sloth_fx.branching.lengths import Length, comparable
 from sloth_fx.capture.objects import DEEPEST, holds, is_function, maker, parts
 
 
@@ -47,6 +48,8 @@ def _pattern(value: Any, tensors: list[Any], deep: int = DEEPEST) -> Any:
         return value
     if isinstance(value, (int, float)):
         return (type(value).__name__, value)  # 1, 1.0 and True are equal but not the same
+    if isinstance(value, Length):
+        return (type(value).__name__, *comparable([value]))
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *[_pattern(item, tensors, deep) for item in value])
     if isinstance(value, dict):

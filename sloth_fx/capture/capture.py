@@ -21,7 +21,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Capture:
     """The graph of one owner for one pattern of call.
 
-    ``any_size``: captured at two sizes it came out the same, and no size decided a branch, so none is baked in.
+    ``alike``: captured at two sizes it came out the same. ``any_size``: and no size decided a branch, so none is baked
+    in.
     ``any_type``: neither dtype nor device is. ``any_mode``: training or not is the same. Where one of these does not
     hold, the graph serves only calls like the one it was captured from.
 
@@ -34,6 +35,7 @@ class Capture:
     owner: nn.Module
     graph: fx.Graph
     pattern: tuple[Any, ...]
+    alike: bool
     any_size: bool
     any_type: bool
     any_mode: bool
@@ -58,20 +60,18 @@ def capture(skeleton: Skeleton, owner: nn.Module, call: Call, other: Call | None
             f"{reason[0] if reason else 'no message'}"
         ) from error
     pattern, tensors = read_call(*call)
+    alike = again is not None and _outcome(recorder) == _outcome(again)
     return Capture(
         owner=owner,
         graph=recorder.graph,
         pattern=pattern,
-        any_size=again is not None and _same(recorder, again),
+        alike=alike,
+        any_size=again is not None and alike and recorder.steered_by == again.steered_by,
         any_type=not recorder.type_steered,
         any_mode=any_mode,
         values={index: tensors[index].clone() for index in _read(recorder)},
         inexact=isinstance(owner, nn.MultiheadAttention) and (owner.batch_first or _has_aliases(call)),
     )
-
-
-def _same(recorder: Recorder, again: Recorder) -> bool:
-    return _outcome(recorder) == _outcome(again) and recorder.steered_by == again.steered_by
 
 
 def _outcome(recorder: Recorder) -> tuple[str, list[int]]:

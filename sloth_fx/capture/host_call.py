@@ -27,7 +27,7 @@ class HostFunction:
     three, and of the result unless ``output_layout`` differs; both may depend on an option, such as
     ``{("skip_reshape", True): "BHND"}``. A tensor with one dimension less than its layout has no heads. ``mask``,
     ``causal`` and ``heads`` name the parameters that are these. ``refused`` gives, for options with which operators
-    cannot work, the reason.
+    cannot work, the reason. ``inert`` options choose how attention is computed, and not what.
     """
 
     name: str
@@ -40,6 +40,7 @@ class HostFunction:
     causal: str | None = None
     heads: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    inert: tuple[str, ...] = ()
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
@@ -49,6 +50,12 @@ class HostFunction:
         """The layout of query, key and value, and that of the result."""
         layout = _chosen(self.layouts, arguments, self.layout)
         return layout, _chosen(self.output_layouts, arguments, self.output_layout or layout)
+
+    @property
+    def of_form(self) -> frozenset[str]:
+        """The options that do not change what is computed: those that are inert, and those of the layout."""
+        layouts = {option for option, _ in (*self.layouts, *self.output_layouts)}
+        return frozenset((*self.inert, *layouts, *([self.heads] if self.heads else [])))
 
     def refusal(self, arguments: Mapping[str, Any]) -> str | None:
         """Why operators cannot work on this call, if so."""

@@ -58,6 +58,7 @@ def register_attention_function(
     causal: str | None = None,
     heads: str | None = None,
     refused: Mapping[str, str] | None = None,
+    inert: Sequence[str] = (),
 ) -> HostFunction:
     """Make a host's attention function known, so that models which call it can be transformed.
 
@@ -66,7 +67,8 @@ def register_attention_function(
     counts them) and ``NHD`` (packed sequences: recognised, but no operator works on them). ``layouts`` and
     ``output_layouts`` tell where an option changes them: ``{("skip_reshape", True): "BHND"}``. ``mask`` and ``causal``
     name those parameters; a mask has to be one that ``F.scaled_dot_product_attention`` takes. ``refused`` maps options
-    with which operators cannot work to the reason.
+    with which operators cannot work to the reason. ``inert`` are options that choose how attention is computed, and not
+    what.
 
     Raises :class:`SlothError` for an unknown layout or too few parameters.
     """
@@ -88,6 +90,7 @@ def register_attention_function(
         causal,
         heads,
         {**_REFUSED, **(refused or {})},
+        tuple(inert),
     )
     known = _TABLE.setdefault(name, [])
     known[:] = [entry, *(each for each in known if each.parameters != entry.parameters)]
@@ -272,4 +275,5 @@ for _name, _tensors in itertools.product(  # ComfyUI
         output_layouts={("skip_output_reshape", True): "BHND"},
         mask="mask",
         heads="heads",
+        inert=("attn_precision", "transformer_options"),
     )

@@ -80,6 +80,20 @@ class Rehearsal:
             yield
 
 
+def with_data(call: Any, device: torch.device) -> Any:
+    """A copy of a call on ``device``, with noise for what is on ``meta``, and zeros for whole numbers there."""
+    noise = torch.Generator().manual_seed(0)
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor.detach().to(device, copy=True)
+        if not tensor.is_floating_point():
+            return torch.zeros_like(tensor, device=device)
+        return torch.randn(tensor.shape, generator=noise).to(device, tensor.dtype)
+
+    return substitute(call, real)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's log of what failed on fake tensors: whoever tries says so better, or tries something else."""

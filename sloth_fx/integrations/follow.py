@@ -154,7 +154,7 @@ class Follower:
         latent = self._arguments.latent(args, kwargs)
         groups = self._context.halves
         found, place = encoder.read(tensors, groups, len(latent) if isinstance(latent, Tensor) else 0)
-        if place is not None:
+        if place is not None and encoder.negates:  # or else the caller may have told the context
             self._context.take_negative(found)
         return tuple("cond" if group == place else "uncond" for group in range(groups))
 

@@ -221,7 +221,10 @@ def _complex(tensor: torch.Tensor, outputs: list[torch.Tensor]) -> list[Places]:
 
 
 def write(target: torch.Tensor, value: torch.Tensor) -> None:
-    """``target[...] = value``; a view of a buffer shares its places with it."""
+    """``target[...] = value``; a view of a buffer shares its places with it. Copies within one buffer (a border that
+    wraps around) stand for nothing new."""
+    if target.untyped_storage()._cdata == value.untyped_storage()._cdata:
+        return
     places, new = places_of(target), spread(places_or_nowhere(value), target.shape)
     if places is not None and places.flags.writeable:
         places[...] = new

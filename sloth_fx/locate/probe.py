@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from sloth_fx.capture.host_functions import HostCall, HostFunction, intercept
 from sloth_fx.errors import RefusedInputsError
-from sloth_fx.locate.places import Places, spread, varies
+from sloth_fx.locate.places import NOWHERE, Places, spread, varies
 from sloth_fx.locate.provenance import Packed, Provenance, Scores, Source
 from sloth_fx.locate.rows import heads_of, joined, rows_of, rows_of_places, times_of_batch
-from sloth_fx.locate.tags import places_of, set_places
+from sloth_fx.locate.tags import follows, places_of, set_places
 
 _SDPA = F.scaled_dot_product_attention
 _MULTIHEAD = F.multi_head_attention_forward
@@ -155,7 +156,7 @@ class Probe(TorchFunctionMode):
             query, key = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(("query", "key")))
             result = self._outright(func, args, kwargs)
             self._attention(query, key)
-            _keep_queries(query, result)
+            _keep_queries(query, key, result)
         elif func is _MULTIHEAD:
             result = self._outright(func, args, kwargs)
             self._multihead(*args[:5], result=result[0])
@@ -183,7 +184,7 @@ class Probe(TorchFunctionMode):
     def _host_function(self, entry: HostFunction, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = HostCall.read(entry, args, kwargs)
         result = call.empty()
-        rows = rows_of(call.query)
+        rows = _rows_that_read(call.query, call.key)
         if rows is not None:
             _, layout = entry.layout_of(entry.arguments(args, kwargs))
             layout = layout if len(layout) == result.ndim else layout.replace("H", "")
@@ -231,7 +232,7 @@ class Probe(TorchFunctionMode):
             places = places_of(key)
             rows = rows_of(query), rows_of_places(places.swapaxes(-1, -2)) if places is not None else None
             heads = heads_of(query, rows[0], self._arguments)
-            self._add(heads, query.shape[-1], query.shape[-2], key.shape[-1], *rows)
+            self._add(heads, query.shape[-1], query.shape[-2], key.shape[-1], _if_learned(query, rows[0]), rows[1])
             self.attentions[-1].rows = len(query)
         self._last_chunk, self._last_key = chunk, (key.storage_offset(), tuple(key.shape))
 
@@ -244,7 +245,7 @@ class Probe(TorchFunctionMode):
         """Of query (..., N, D) and key (..., M, D)."""
         rows = rows_of(query)
         heads = heads_of(query, rows, self._arguments)
-        self._add(heads, query.shape[-1], query.shape[-2], key.shape[-2], rows, rows_of(key))
+        self._add(heads, query.shape[-1], query.shape[-2], key.shape[-2], _if_learned(query, rows), rows_of(key))
 
     def _add(
         self,
@@ -276,9 +277,26 @@ class Probe(TorchFunctionMode):
             self.skips.append((min(self._made[id(tensor)][0] for tensor in inputs), self._time))
 
 
-def _keep_queries(query: torch.Tensor, result: torch.Tensor) -> None:
+def _if_learned(query: torch.Tensor, rows: Places | None) -> Places | None:
+    """The places ``rows`` of queries: nowhere, if no input has a part in them."""
+    return rows if follows(query) else np.full((1, query.shape[-2]), NOWHERE)
+
+
+def _rows_that_read(query: torch.Tensor, key: torch.Tensor) -> Places | None:
+    """The places of queries, by row of the batch. Learned tokens stand for the first one that they read."""
+    rows, read = rows_of(query), rows_of(key)
+    if follows(query) or read is None:
+        return rows
+    return np.repeat(read.min(1, keepdims=True), query.shape[-2], axis=1)
+
+
+def _keep_queries(query: torch.Tensor, key: torch.Tensor, result: torch.Tensor) -> None:
     places = places_of(query)
-    if places is not None and result.shape[:-1] == query.shape[:-1]:
+    if not follows(query):
+        rows = _rows_that_read(query, key)
+        if rows is not None and len(rows) == len(result):
+            set_places(result, spread(rows.reshape(len(rows), *(1,) * (result.ndim - 3), -1, 1), result.shape))
+    elif places is not None and result.shape[:-1] == query.shape[:-1]:
         set_places(result, spread(places[..., :1], result.shape))
 
 

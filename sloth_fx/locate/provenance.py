@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from sloth_fx.locate.moves import MOVES, put, write
 from sloth_fx.locate.places import NOWHERE, Places, collapse, narrow, pick, reshape, smallest, spread, varies
-from sloth_fx.locate.tags import mark, places_of, set_places
+from sloth_fx.locate.tags import mark, note_followers, places_of, set_places
 from sloth_fx.locate.values import computed, with_numbers
 
 _LARGEST_BUFFER = 2**24  # elements of an empty tensor whose places are followed as it is filled
@@ -107,6 +107,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not outputs or outputs[0].numel() == 0:
             return result
+        note_followers(outputs, inputs)
         if any(hasattr(tensor, "_sloth_fx_places") for tensor in inputs):
             self._follow(name, func, args, kwargs, inputs, outputs)
         elif name in _FACTORIES:
@@ -169,7 +170,8 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not varies(left, -2) and not varies(right, -1):
                 if not any(hasattr(tensor, "_sloth_fx_probabilities") for tensor in inputs[-2:]):
                     self.on_linear(inputs[-1])
-                return None
+                    return None
+                return spread(right.min(-2, keepdims=True), shape)  # learned tokens stand for the first that they read
             by_column = varies(right, -1) and not varies(left, -2)
             return spread(collapse(right, -2) if by_column else collapse(left, -1), shape)
         rows = collapse(left, -1) if left is not None else None

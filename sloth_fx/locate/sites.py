@@ -110,6 +110,13 @@ def _stages(probe: Probe, seen: Sequence[_Seen], divisors: Sequence[_Divisors | 
     return ["in" if max(block - 1, 0) * 2 < max(blocks[-1], 1) else "out" for block in blocks]
 
 
+def _holds_text(tokens: Tokens, in_front: bool) -> bool:
+    """Whether there is text on one side of the image: that side grows with it."""
+    if tokens.text is None or tokens.image is None:
+        return False
+    return tokens.text[0] < tokens.image.start if in_front else tokens.text[1] > tokens.image.stop
+
+
 class _Places:
     """Where image tokens lie: fixed to the end of a sequence if what comes before them changes with the inputs."""
 
@@ -131,8 +138,8 @@ class _Places:
         others = before + after
         if resized is not None and resized.image is not None and before > 0 and after > 0:
             again = resized.image.start, resized.total - resized.image.stop
-            if sum(again) != others and (again[0] == before) != (again[1] == after):
-                from_start = again[0] == before
+            from_start = again[0] == before
+            if sum(again) != others and from_start != (again[1] == after) and not _holds_text(tokens, from_start):
                 return Place(before if from_start else after, from_end=not from_start, alone=False)
         from_end = before > 0 and (after == 0 or (tokens.text is not None and tokens.text[0] < before))
         sure = before == 0 or after == 0

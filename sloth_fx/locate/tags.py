@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from sloth_fx.locate.places import NOWHERE, Places
 
 _PLACES = "_sloth_fx_places"
+_FOLLOWS = "_sloth_fx_follows"
 
 
 def places_of(tensor: torch.Tensor) -> Places | None:
@@ -30,6 +32,18 @@ def set_places(tensor: torch.Tensor, places: Places | None) -> None:
         mark(tensor, _PLACES, places)
     elif hasattr(tensor, _PLACES):
         delattr(tensor, _PLACES)
+
+
+def follows(tensor: torch.Tensor) -> bool:
+    """Whether an input that is followed has a part in a tensor, though nobody may know which."""
+    return hasattr(tensor, _PLACES) or hasattr(tensor, _FOLLOWS)
+
+
+def note_followers(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+    """Remember which tensors an input that is followed has a part in."""
+    if any(map(follows, inputs)):
+        for output in outputs:
+            mark(output, _FOLLOWS, True)
 
 
 def mark(tensor: torch.Tensor, name: str, value: Any) -> None:

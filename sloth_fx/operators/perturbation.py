@@ -112,6 +112,7 @@ def guided(
     scale: float,
     rescale: float = 0.0,
     share: float = 1.0,
+    spread: bool = True,
 ) -> Tensor:
     """The prediction p, steered away from the perturbed one p': p + d with d = scale * (p - p').
 
@@ -123,21 +124,26 @@ def guided(
             d as it is: u + w * (c - u) + d.
         scale, rescale: as in :class:`sloth_fx.perturbation_specs.PerturbationSpec`.
         share: the part of d that is added, of :func:`share_of`.
+        spread: whether the others get it. Otherwise each group that is guided has its own, and the others none.
 
     Returns:
-        (B, ...) in the dtype of ``prediction``. Raises SlothError where some of several groups are guided, but not one.
+        (B, ...) in the dtype of ``prediction``. Raises SlothError where d is spread of some of several groups, not one.
     """
     count = sum(rows)
-    if count not in (1, len(rows)):
+    if spread and count not in (1, len(rows)):
         raise SlothError(
             f"{count} of the {len(rows)} groups of this batch are guided: all, each by itself, or one, whose "
             'change the others get: say what they are with rows of the context, as in ("uncond", "cond")'
         )
     if count == len(rows):
         return prediction + share * difference(prediction, perturbed, scale=scale, rescale=rescale)
-    own = prediction.chunk(len(rows))[rows.index(True)]
+    groups = prediction.chunk(len(rows))
+    own = torch.cat([group for group, here in zip(groups, rows, strict=True) if here])
     change = share * difference(own, perturbed, scale=scale, rescale=rescale)
-    return prediction + change.repeat(len(rows), *[1] * (change.ndim - 1))
+    if spread:
+        return prediction + change.repeat(len(rows), *[1] * (change.ndim - 1))
+    changes = iter(change.chunk(count))
+    return torch.cat([group + next(changes) if here else group for group, here in zip(groups, rows, strict=True)])
 
 
 def difference(prediction: Tensor, perturbed: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
@@ -155,6 +161,6 @@ def difference(prediction: Tensor, perturbed: Tensor, *, scale: float, rescale: 
 
 
 def share_of(guidance_scale: float | None) -> float:
-    """The part of d for a call whose rows are all conditional, where classifier-free guidance with ``guidance_scale`` w
-    comes after it: u + w * (c + d / w - u) = u + w * (c - u) + d, rescaled or not. None: nothing comes."""
+    """The part of d for conditional rows alone, if classifier-free guidance with ``guidance_scale`` w comes after it:
+    u + w * (c + d / w - u) = u + w * (c - u) + d, rescaled or not. None: nothing comes, or its w is not known."""
     return 1.0 if guidance_scale is None else 1 / guidance_scale

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sloth_fx.branching import attend_branches, positive_of
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import Attend, KeyLayout, split_image
 from sloth_fx.operators.self_attention_map import attention_received
@@ -22,7 +23,8 @@ class AttentionMap(nn.Module):
     """The host's attention, of query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H.
 
     While it ``records``, it keeps in ``received`` (B, tokens of the image) how much each image token is attended to by
-    the image's tokens, mean over heads, 1 on average. ``site`` is named in errors.
+    the image's tokens, mean over heads, 1 on average. Of a negative text that has a branch of its own nothing is noted.
+    ``site`` is named in errors.
     """
 
     def __init__(
@@ -61,12 +63,12 @@ class AttentionMap(nn.Module):
         if causal:
             options[causal_name(self.attend)] = True
         if self.records:
-            if causal or not isinstance(query, Tensor):
+            if causal:
                 raise SlothError(
                     f"{self.site}: its map cannot be read here, SAG needs another site: give it with where="
                 )
-            self.received = self._map(query, key, mask, options)
-        return self.attend(query, key, value, *([] if mask is None else [mask]), **options)
+            self.received = self._map(*positive_of((query, key, mask, options)))
+        return attend_branches(self.attend, query, key, value, mask, **options)
 
     def _map(self, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         if self.folded_heads is not None:

@@ -88,6 +88,7 @@ def _attend(entry: HostFunction, function: Function, layout: str, output_layout:
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
     attend.sloth_fx_softmax = True  # type: ignore[attr-defined] # no more than torch's, whatever kernel computes it
+    attend.sloth_fx_of_form = entry.of_form  # type: ignore[attr-defined]
     attend.sloth_fx_evaluate = shape_only  # type: ignore[attr-defined] # fused kernels need data
     return core_function(attend)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,20 @@ class BranchedAttention(nn.Module):
         return attend_branches(self.attend, query, key, value, mask, **options)
 
 
+class BesideText(NamedTuple):
+    """Where the image lies, counted from the side where there were so many tokens of ``text`` when it was located."""
+
+    place: Place
+    text: int
+
+
 class _Branches(nn.Module):
     """Knows which rows of a batch belong to the negative text, and where the image lies in its tokens.
 
-    With ``shares`` that text has no rows: it comes as :class:`sloth_fx.branching.Branched` values. ``others`` tells
-    whether all that lies before the image, and all that lies after it, goes with it: reference images, but no text.
+    With ``shares`` that text has no rows: it comes as :class:`sloth_fx.branching.Branched` values. While it is
+    ``alone``, the batch has no rows but those that are guided: those of a perturbed call. ``others`` tells whether all
+    that lies before the image, and all that lies after it, goes with it: reference images, but no text. Where the place
+    of the image is not known at other sizes, ``beside`` tells it by how much ``longer`` the text is.
     """
 
     def __init__(
@@ -51,6 +60,7 @@ class _Branches(nn.Module):
         query_place: Place,
         key_place: Place | None,
         others: tuple[bool, bool] = (False, False),
+        beside: BesideText | None = None,
     ) -> None:
         super().__init__()
         self.site = site
@@ -58,7 +68,10 @@ class _Branches(nn.Module):
         self.query_place = query_place
         self.key_place = key_place
         self.others = others
+        self.beside = beside
+        self.longer: Any = None  # than the text was when the image was located; None: nobody knows
         self.rows: Rows = (True,)
+        self.alone = False
         self.shares = False
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
@@ -67,15 +80,20 @@ class _Branches(nn.Module):
     def set_rows(self, rows: Rows) -> None:
         self.rows = rows
 
+    @property
+    def taken(self) -> Rows:
+        """Which groups of the present call are guided."""
+        return (True,) if self.alone else self.rows
+
     def split(self, tensor: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The groups of the batch, and those of the negative text, one for each guided group."""
-        guided = sum(self.rows)
-        parts = groups(tensor, (*self.rows, *(True,) * guided), self.site)
-        return parts[: len(self.rows)], parts[len(self.rows) :]
+        taken = self.taken
+        parts = groups(tensor, (*taken, *(True,) * sum(taken)), self.site)
+        return parts[: len(taken)], parts[len(taken) :]
 
     def image(self, tensor: Any, place: Place, tokens: int) -> tuple[int, int]:
         """The first token of the image, and how many it has with all that goes with it."""
-        total = tensor.shape[-2]
+        place, total = self.known(place), tensor.shape[-2]
         tokens = total if place.alone else tokens
         if isinstance(total, Length) and place.others is not None:
             raise SlothError(
@@ -83,6 +101,12 @@ class _Branches(nn.Module):
                 "text have different lengths: pad them to the same length"
             )
         return self._with_others(place.start(total, tokens), tokens, total)
+
+    def known(self, place: Place) -> Place:
+        """``place``, counted from the side of the text where that tells more."""
+        if self.beside is None or self.longer is None or place.others is None:
+            return place
+        return self.beside.place._replace(offset=self.beside.place.offset + self.longer)
 
     def _with_others(self, start: int, tokens: int, total: int) -> tuple[int, int]:
         first, last = 0 if self.others[0] else start, total if self.others[1] else start + tokens
@@ -104,9 +128,10 @@ class SharedImage(_Branches):
         query_place: Place,
         key_place: Place | None,
         others: tuple[bool, bool] = (False, False),
+        beside: BesideText | None = None,
         border: str = "keep",
     ) -> None:
-        super().__init__(site, layout, query_place=query_place, key_place=key_place, others=others)
+        super().__init__(site, layout, query_place=query_place, key_place=key_place, others=others, beside=beside)
         self.border = border
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,18 +148,27 @@ class SharedImage(_Branches):
         return self.layout.gathered_tokens(self.border) if self.layout.pooled else self.layout.tokens
 
     def _shared(self, tensor: Any, place: Place, tokens: int) -> Any:
-        if self.shares and (isinstance(tensor, Tensor) or (place.others is not None and _has_one_image(tensor))):
+        if self.shares and (
+            isinstance(tensor, Tensor) or (self.known(place).others is not None and _has_one_image(tensor, tokens))
+        ):
             return tensor
         start, tokens = self.image(tensor, place, tokens)
         if self.shares:
             parts = [tensor[..., :start, :], tensor[..., start : start + tokens, :], tensor[..., start + tokens :, :]]
-            if isinstance(parts[1], Tensor):
+            image = parts[1].parts if isinstance(parts[1], Tokens) else [parts[1]]
+            same = [isinstance(part, Tensor) for part in image]
+            if all(same):
                 return tensor
+            if any(same):
+                raise SlothError(
+                    f"{self.site}: what was the image's among its tokens holds text as well: transform the model with "
+                    "example_inputs like these"
+                )
             parts[1] = positive_of(parts[1])
             kept = [part for part in parts if part.shape[-2] > 0]
             return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-2)
         rows, negative = self.split(tensor)
-        guided = [row for row, taken in zip(rows, self.rows, strict=True) if taken]
+        guided = [row for row, taken in zip(rows, self.taken, strict=True) if taken]
         images = [row.narrow(-2, start, tokens) for row in guided]
         return torch.cat([*rows, *(with_image(row, image, start) for row, image in zip(negative, images, strict=True))])
 
@@ -154,8 +188,9 @@ class GuidedResult(_Branches):
         query_place: Place,
         folded_heads: int | None,
         others: tuple[bool, bool] = (False, False),
+        beside: BesideText | None = None,
     ) -> None:
-        super().__init__(site, layout, query_place=query_place, key_place=None, others=others)
+        super().__init__(site, layout, query_place=query_place, key_place=None, others=others, beside=beside)
         self.guidance = guidance
         self.folded_heads = folded_heads
 
@@ -168,7 +203,7 @@ class GuidedResult(_Branches):
         start, tokens = self.image(out, self.query_place, self.layout.tokens)
         rows, negative = self.split(out)
         found = list(rows)
-        for index, row in zip(guided_groups(self.rows), negative, strict=True):
+        for index, row in zip(guided_groups(self.taken), negative, strict=True):
             image = rows[index].narrow(-2, start, tokens)
             if self.guidance is not None:
                 image = guided_by(image, row.narrow(-2, start, tokens), self.guidance, self.folded_heads)
@@ -184,20 +219,20 @@ class GuidedResult(_Branches):
             return [(both.positive, both.negative)] if isinstance(both, Branched) else []
         start, tokens = self.image(out, self.query_place, self.layout.tokens)
         rows, negative = self.split(out)
-        pairs = zip(guided_groups(self.rows), negative, strict=True)
+        pairs = zip(guided_groups(self.taken), negative, strict=True)
         return [(rows[index].narrow(-2, start, tokens), row.narrow(-2, start, tokens)) for index, row in pairs]
 
     def _image_read(self, out: Any) -> tuple[int, int]:
         """First token and number of the image's. Where its place is not known with texts of another length, it is what
         was read by queries that both branches share, with reference images and all."""
-        if self.query_place.others is None or not any(self.others):
+        if self.known(self.query_place).others is None or not any(self.others):
             return self.image(out, self.query_place, self.layout.tokens)
         sizes = out.sizes if isinstance(out, Tokens) else []
         read = [isinstance(part, Read) for part in out.parts] if isinstance(out, Tokens) else []
         if sorted(read, reverse=self.others[0]) != read or all(read) or not any(read):
             return self.image(out, self.query_place, self.layout.tokens)
-        text = [size for size, image in zip(sizes, read, strict=True) if not image]
-        return (0 if self.others[0] else sum(text)), sum(sizes) - sum(text)
+        text = sum(size for size, image in zip(sizes, read, strict=True) if not image)
+        return (0 if self.others[0] else text), sum(sizes) - text
 
     def _guided(self, out: Any, start: int, stop: int) -> Any:
         if not isinstance(out, Branched):
@@ -207,10 +242,10 @@ class GuidedResult(_Branches):
             return out
         image = both.positive
         if self.guidance is not None:
-            pairs = zip(*(groups(each, self.rows, self.site) for each in (image, both.negative)), strict=True)
+            pairs = zip(*(groups(each, self.taken, self.site) for each in (image, both.negative)), strict=True)
             found = [
                 guided_by(positive, negative, self.guidance, self.folded_heads) if taken else positive
-                for (positive, negative), taken in zip(pairs, self.rows, strict=True)
+                for (positive, negative), taken in zip(pairs, self.taken, strict=True)
             ]
             image = found[0] if len(found) == 1 else torch.cat(found)
         parts = [out[..., :start, :], image, out[..., stop:, :]]
@@ -221,6 +256,9 @@ class GuidedResult(_Branches):
         return str(self.guidance)
 
 
-def _has_one_image(tokens: Any) -> bool:
-    """Whether there are tokens in a sequence that are the same in both branches: then they are those of the image."""
-    return isinstance(tokens, Tokens) and any(isinstance(part, Tensor) for part in tokens.parts)
+def _has_one_image(sequence: Any, tokens: int) -> bool:
+    """Whether there are as many ``tokens`` as the image has that are the same in both branches: then they are those of
+    the image, with others that go with it."""
+    if not isinstance(sequence, Tokens):
+        return False
+    return sum(part.shape[sequence.axis] for part in sequence.parts if isinstance(part, Tensor)) >= tokens

@@ -3,6 +3,7 @@
     out = attend(query, key, value, mask)      ->      out = self.sloth_perturb_0(query, key, value, mask)
 
 Values that come in for both branches (:class:`sloth_fx.branching.Rows`) are attended in the one, spoilt in the other.
+Where a negative text has a branch of its own as well, what it reads is spoilt like what the text reads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sloth_fx.branching import apart, rows_in
+from sloth_fx.branching import Asks, apart, attend_apart, attend_branches, rows_in
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import Attend, KeyLayout, both_masks, join_image, split_image
 from sloth_fx.operators.perturbation import blur_queries, identity_attention, joint_identity_attention, shuffle_tokens
@@ -37,9 +38,8 @@ class PerturbedAttention(nn.Module):
     """The host's attention, and what ``spec`` makes of it where the model is asked once more.
 
     Takes query, key and value (B, H, N, D), or (B*H, N, D) with ``folded_heads`` = H, and the host's mask.
-    ``query_place`` and ``key_place`` tell where the image lies in sequences with others. With ``shares`` one call of
-    the model serves both branches. While it ``spoils``, plain tensors are those of the perturbed call, which then is a
-    call of its own. ``site`` is named in errors.
+    ``query_place`` and ``key_place`` tell where the image lies in sequences with others. ``asks`` is what the present
+    call of the model is for: the prediction, the perturbed one, or both. ``site`` is named in errors.
     """
 
     def __init__(
@@ -61,17 +61,11 @@ class PerturbedAttention(nn.Module):
         self.folded_heads = folded_heads
         self.query_place = query_place
         self.key_place = key_place
-        self.spoils = False
-        self.rows: tuple[bool, ...] = (True,)
-        self.shares = False
+        self.asks: Asks = "plain"
         self.seed = torch.tensor(0)  # of one number, which goes with tensors of any device; no state of the model
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
-
-    def set_rows(self, rows: tuple[bool, ...]) -> None:
-        """Which groups of the batch are guided: without any, the call has one branch."""
-        self.rows = rows
 
     def set_seed(self, seed: int) -> None:
         """Choose another order from now on, where tokens are shuffled."""
@@ -81,10 +75,10 @@ class PerturbedAttention(nn.Module):
         if causal:
             options[causal_name(self.attend)] = True
         given = (query, key, value, mask, options)
-        if self.layout.perturbed and self.spoils:
-            return self._spoilt(*given)
-        if not self.layout.perturbed or not self.shares or not any(self.rows):
-            return self._whole(*given)
+        if self.asks == "plain" or not self.layout.perturbed:
+            return attend_branches(self.attend, query, key, value, mask, **options)
+        if self.asks == "perturbed":
+            return attend_apart(self._spoilt, *given)
         if next(rows_in(given), None) is None:
             raise TypeError(f"{self.site} is not reached by the latent")
         return apart(self._whole, self._spoilt, *given)
@@ -140,7 +134,8 @@ class PerturbedAttention(nn.Module):
         text = torch.cat([before, after], 2)
         rest = None if mask is None else _queries_of(mask, start, tokens, outside=True)
         own = None if mask is None else _queries_of(mask, start, tokens)
-        if self._is_plain_softmax and set(options) <= {"scale", "enable_gqa"}:
+        of_form: frozenset[str] = getattr(self.attend, "sloth_fx_of_form", frozenset())
+        if self._is_plain_softmax and set(options) <= {"scale", "enable_gqa"} | of_form:
             scale = options.get("scale")
             keys, values = (identity_attention(each, heads) for each in (key, value))
             out = joint_identity_attention(image, keys, values, self.key_place, tokens, scale=scale, mask=own)

@@ -67,6 +67,13 @@ PART_BY_PART = {
     "softmax": lambda x: x.softmax(dim=-1),
     "clamped": lambda x: x.clamp(min=-0.5).contiguous(),
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "of a number": lambda x: 1 / (2 + abs(x)) + 2**x,
+    "by NumPy's names": lambda x: torch.cat(tensors=[x, x * x.mean(axis=-1, keepdims=True)], axis=-1),
+    "named input": lambda x: F.layer_norm(input=x, normalized_shape=(6,)),
+    "a norm, and no dimension": lambda x: heads(x).norm(2, 1),
+    "a variance, and a dimension": lambda x: heads(x).var(1, True, True),
+    "narrow": lambda x: x.narrow(length=2, start=1, dim=2),
+    "masked": lambda x: torch.where(TABLE > 0, x, 0.1).masked_fill(TABLE[:, :1] > 1, 0.0),
 }
 
 
@@ -96,7 +103,6 @@ BRANCH_BY_BRANCH = {
     "einsum": lambda x: torch.einsum("bnc,dc->bdn", x, MATRIX),
     "length of tokens": lambda x: F.normalize(x, dim=1),
     "norm of tokens": lambda x: F.layer_norm(x, tuple(x.shape[1:])),
-    "where": lambda x: torch.where(x > 0, x, 0.1),
     "sorted": lambda x: x.sort(dim=1).values,
 }
 
@@ -114,12 +120,12 @@ def test_a_sequence_comes_together_and_apart():
     x = torch.cat([text, image], dim=1)
     assert isinstance(x, Tokens)
     assert x.shape == (2, TEXT + IMAGE, 6)
-    assert x[:, TEXT:] is image
-    assert x[:, :TEXT] is text
+    assert torch.equal(x[:, TEXT:], image)
+    assert all(map(torch.equal, both(x[:, :TEXT]), both(text)))
     one, other = x.split([TEXT, IMAGE], dim=1)
-    assert one is text
-    assert other is image
-    assert x.narrow(1, TEXT, IMAGE) is image
+    assert all(map(torch.equal, both(one), both(text)))
+    assert torch.equal(other, image)
+    assert torch.equal(x.narrow(length=IMAGE, start=TEXT, dim=1), image)
     assert torch.equal(x[:, TEXT + 2 : -1], image[:, 2:-1])
     cut = x[:, 3 : TEXT + 2]
     assert isinstance(cut, Tokens)
@@ -128,6 +134,23 @@ def test_a_sequence_comes_together_and_apart():
     )
     assert x[:, 4:2].shape == (2, 0, 6)
     assert torch.cat([x, x[:, :2]], dim=1).shape == (2, TEXT + IMAGE + 2, 6)
+
+
+def test_a_sequence_of_two_types_is_of_one():
+    text, image = Pair(noise(2, 5, 6).double(), noise(2, 3, 6).double()), noise(2, IMAGE, 6)
+    x = torch.cat([text, image], dim=1)
+    assert x.dtype == torch.float64
+    assert all(part.dtype == torch.float64 for part in x.parts)
+
+
+def test_sequences_along_different_axes():
+    """Joined, they are no sequence."""
+    x = Tokens([Pair(noise(2, 3, 6), noise(2, 3, 6)), noise(2, 3, 6)], 1)
+    y = Tokens([noise(2, 4, 3), Pair(noise(2, 4, 3), noise(2, 4, 3))], 2)
+    found = torch.cat([x, y], dim=1)
+    assert all(
+        torch.equal(each, torch.cat([a, b], 1)) for each, a, b in zip(both(found), both(x), both(y), strict=True)
+    )
 
 
 def test_channels_and_samples_are_no_tokens():
@@ -145,6 +168,7 @@ def test_a_vector_of_the_text_modulates_the_image_as_the_text_does():
     assert torch.equal(image * (1 + vector), image * (1 + vector.positive))
     assert isinstance(text * vector, Pair)
     mask = Pair(noise(2, 1, 7), noise(2, 1, 7))
+    assert isinstance(noise(3, 5, 7) + mask[:, None], Pair)  # of heads, and keys; and of samples
     assert isinstance(torch.zeros(2, 7, 7) + mask, Pair)
     assert isinstance(torch.zeros(2, 1, 7, 7) + mask[:, None], Pair)
     assert isinstance(vector[:, 0] + noise(2, 6), Pair)  # another vector, such as that of the time
@@ -189,7 +213,7 @@ def test_branches_that_would_part():
         lambda: sequence().__setitem__(0, 1),
         lambda: torch.add(pair, 1, out=torch.zeros(2)),
     ):
-        with pytest.raises((TypeError, UnwritableError), match="branch"):
+        with pytest.raises((TypeError, UnwritableError), match=r"branch|token"):
             wrong()
 
 

@@ -155,13 +155,13 @@ def test_values_that_are_computed_from_tokens_cannot_be_captured(kind, value):
 def bound(module, x, value):
     """``module`` with a forward that captures what it does not know; and the list of what it knows."""
 
-    def variant(owner, args, kwargs):
-        skeleton = Skeleton(owner)
+    def variant(owner, calls):
+        (args, kwargs), skeleton = calls[0], Skeleton(owner)
         skeleton.model.__dict__.pop("forward", None)
         result = capture(skeleton, skeleton.model, skeleton.fake_inputs((args, kwargs)), None)
         return Variant(read_form(args, kwargs)[0], generate(result.graph, "test"), values=result.values)
 
-    variants = Variants([variant(module, (x, value), {})], (), variant)
+    variants = Variants([variant(module, [((x, value), {})])], (), variant)
     return make_forward(variants).__get__(module), variants.known
 
 

@@ -1,6 +1,7 @@
 """Objects that do what ComfyUI's do as far as its nodes may rely on it, and models of its shape, at toy size."""
 
 import copy
+import functools
 import math
 import uuid
 
@@ -17,9 +18,13 @@ def optimized_attention(
 ):
     """All heads in the channels, as ComfyUI calls its attention."""
     override = (options.get("transformer_options") or {}).get("optimized_attention_override")
+    return (kernel if override is None else functools.partial(override, kernel))(q, k, v, heads, mask=mask, **options)
+
+
+def kernel(q, k, v, heads, mask=None, **options):
+    """What computes it."""
     q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = override(out) if override is not None else out
     return out.transpose(1, 2).flatten(2)
 
 
@@ -333,8 +338,36 @@ def latents(batch=2, seed=3, rows=ROWS, columns=COLUMNS):
     return torch.randn(batch, CHANNELS, rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def call(patched, x, sigma, sigmas, groups=(0,)):
-    """One call of a loaded model for all groups of conditioning, as a sampler makes it."""
+class CFGGuider:
+    """Classifier-free guidance with one scale for the whole run."""
+
+    def __init__(self, patched, cfg, **conds):
+        self.model_options, self.cfg, self.conds = patched.model_options, cfg, conds
+
+    def predict_noise(self):
+        """Its name is what tells that it is this one."""
+
+
+def start(guider):
+    """The run of a guider begins; returns what its sampler would."""
+    (note,) = guider.model_options["transformer_options"]["wrappers"]["outer_sample"]["sloth_fx"]
+
+    class Executor:
+        class_obj = guider
+
+        def __call__(self):
+            return "sampled"
+
+    return note(Executor())
+
+
+def call(patched, x, sigma, sigmas, groups=(0,), beside=()):
+    """One call of a loaded model for some groups of conditioning, as a sampler makes it; ``beside`` are those that have
+    calls of their own."""
+    conds = [each if group in (*groups, *beside) else None for group, each in enumerate((POSITIVE, NEGATIVE))]
+    wrappers = patched.model_options["transformer_options"].get("wrappers", {}).get("calc_cond_batch", {})
+    for note in (each for notes in wrappers.values() for each in notes):
+        note(lambda *args, **kwargs: None, patched.model, conds, x, sigma, patched.model_options)
     texts = [(POSITIVE, NEGATIVE)[group][0][0].expand(len(x), -1, -1) for group in groups]
     options = {
         **copy.deepcopy(patched.model_options["transformer_options"]),

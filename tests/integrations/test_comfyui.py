@@ -1,6 +1,8 @@
 """The nodes for ComfyUI: what they declare, what they make of their values, and what they refuse."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -109,7 +111,7 @@ def test_every_node_is_well_formed():
                 continue
             assert kind in ("INT", "FLOAT", "BOOLEAN", "STRING", "CONDITIONING") or isinstance(kind, list), (name, key)
             assert options["tooltip"], (name, key)
-            assert "Raises SlothError" not in options["tooltip"]
+            assert not re.search("Raises SlothError|math.inf|:`", options["tooltip"])
             if kind in ("INT", "FLOAT"):
                 assert options["min"] <= options["default"] <= options["max"]
         json.dumps(node.INPUT_TYPES())
@@ -128,6 +130,13 @@ def test_nodes_of_specs(name):
     negative = {"negative": conditioning()} if name == "NAG" else {}
     patched = execute(f"SlothFX{name}", patcher(), **negative)[0]
     assert specs_of(patched) == (spec(),)  # the defaults of the widgets are those of the spec
+
+
+def test_the_most_of_a_widget_stands_for_no_limit():
+    assert "1000 gives each query the mean" in inputs_of("SlothFXSEG")["blur_sigma"][1]["tooltip"]
+    for name, field in (("SlothFXSEG", "blur_sigma"), ("SlothFXSAG", "blur_sigma"), ("SlothFXNAG", "tau")):
+        patched = execute(name, patcher(), **{field: 1000.0}, **({"negative": conditioning()} if "NAG" in name else {}))
+        assert getattr(specs_of(patched[0])[0], field) == math.inf
 
 
 def test_seeds_stay_what_they_are():
@@ -181,7 +190,17 @@ REFUSED = {
         lambda model: execute("SlothFXHyperTile", execute("NearSightedTile", model, **TILE)[0]),
         "HyperTile and NearSightedTile both tile|NearSightedTile and HyperTile both tile",
     ),
+    "two guidances": (
+        lambda model: execute("SlothFXSEG", execute("SlothFXPAG", model)[0]),
+        "PAG and SEG|SEG and PAG",
+    ),
     "no negative": (lambda model: execute("SlothFXNAG", model, negative=None), "NAG has no negative: connect"),
+    "a negative for nobody": (
+        lambda model: execute(
+            "SlothFXFromJSON", model, spec=json.dumps(sloth_fx.PAG().to_dict()), negative=conditioning()
+        ),
+        "the specs have no NAG that would read it",
+    ),
     "two negatives": (
         lambda model: execute("SlothFXNAG", model, negative=conditioning() + conditioning()),
         "has 2 parts: give that of one prompt",

@@ -1,181 +1,23 @@
 """The nodes on ComfyUI's own models, patcher and samplers, at toy size. Runs where COMFYUI_PATH is a checkout of it."""
 
-import contextlib
-import os
-import sys
-
 import pytest
 import torch
 
 import sloth_fx
+from sloth_fx.bind import Variants
 from sloth_fx.errors import SlothError
+from sloth_fx.integrations.comfy import patching
 from sloth_fx.integrations.comfy.patching import patch_model, report_of
 from sloth_fx.patch import patch_of
+from tests.integrations.comfy_real import MODELS, ONLY_THERE, TEXT, UNET, conditioning, made, same_noise, sample
+from tests.two_branches import in_order, in_step, joint
 
-PATH = os.environ.get("COMFYUI_PATH")
-pytestmark = [
-    pytest.mark.skipif(not PATH, reason="COMFYUI_PATH is not set"),
-    pytest.mark.filterwarnings("ignore"),  # ComfyUI's own
-]
-TEXT, POOLED = 24, 20
-FLOAT = {"dtype": torch.float32}
-JOINT = {"context_in_dim": TEXT, "vec_in_dim": POOLED, "hidden_size": 48, "mlp_ratio": 2.0, "num_heads": 2}
-UNET = {
-    **FLOAT,
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": [1, 1],
-    "channel_mult": (1, 2),
-    "num_heads": 4,
-    "use_spatial_transformer": True,
-    "transformer_depth": [1, 1],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1] * 4,
-    "context_dim": TEXT,
-    "legacy": False,
-}
-CONTEXT = {"target": "torch.nn.Linear", "params": {"in_features": TEXT, "out_features": 128}}
-MODELS = {  # class of the config, config, shape of the latent, sites, sites on which a reduction acts
-    "unet": ("SD15", UNET, (2, 4, 26, 18), 14, 6),
-    "mmdit": (
-        "SD3",
-        {
-            **FLOAT,
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "depth": 2,
-            "input_size": None,
-            "pos_embed_scaling_factor": None,
-            "pos_embed_max_size": 32,
-            "num_patches": 32 * 32,
-            "adm_in_channels": POOLED,
-            "context_embedder_config": CONTEXT,
-        },
-        (2, 16, 26, 18),
-        2,
-        2,
-    ),
-    "flux": (
-        "Flux",
-        {
-            **FLOAT,
-            **JOINT,
-            "image_model": "flux",
-            "guidance_embed": True,
-            "in_channels": 16,
-            "out_channels": 16,
-            "depth": 2,
-            "depth_single_blocks": 2,
-            "axes_dim": [4, 10, 10],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-        },
-        (2, 16, 26, 18),
-        4,
-        4,
-    ),
-    "wan": (
-        "WAN21_T2V",
-        {
-            **FLOAT,
-            "image_model": "wan2.1",
-            "model_type": "t2v",
-            "dim": 48,
-            "ffn_dim": 64,
-            "num_heads": 2,
-            "num_layers": 2,
-            "in_dim": 16,
-            "out_dim": 16,
-            "text_dim": TEXT,
-            "freq_dim": 32,
-        },
-        (1, 16, 3, 26, 18),
-        4,
-        2,
-    ),
-    "qwen, located at its first call": (
-        "QwenImage",
-        {
-            **FLOAT,
-            "image_model": "qwen_image",
-            "patch_size": 2,
-            "in_channels": 64,
-            "out_channels": 16,
-            "num_layers": 2,
-            "attention_head_dim": 24,
-            "num_attention_heads": 2,
-            "joint_attention_dim": TEXT,
-            "pooled_projection_dim": POOLED,
-            "guidance_embeds": False,
-            "axes_dims_rope": (4, 10, 10),
-        },
-        (1, 16, 1, 26, 18),
-        2,
-        2,
-    ),
-}
+pytestmark = ONLY_THERE
 
 
 def reduction(rate):
     each = sloth_fx.Reduction(rate=rate)
     return sloth_fx.SlothfulAttention(in_=each, out=each, keep_middle=True)
-
-
-@pytest.fixture(scope="module")
-def comfy():
-    """ComfyUI's modules, told to stay on the CPU."""
-    sys.path.insert(0, PATH)
-    arguments, sys.argv = sys.argv, ["pytest", "--cpu"]
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args
-        import comfy.model_management
-        import comfy.model_patcher
-        import comfy.sample
-        import comfy.supported_models
-        import comfy.utils
-
-        yield comfy
-    finally:
-        sys.argv = arguments
-        with contextlib.suppress(ValueError):
-            sys.path.remove(PATH)
-
-
-def made(comfy, name, **changes):
-    """(patcher, shape of the latent) of one of MODELS, with weights that do something everywhere."""
-    kind, config, shape, *_ = MODELS[name]
-    chosen = getattr(comfy.supported_models, kind)({**config, **changes})
-    chosen.unet_config = {**config, **changes}
-    chosen.manual_cast_dtype = None
-    model = chosen.get_model({}, device="cpu")
-    random = torch.Generator().manual_seed(0)
-    for parameter in model.diffusion_model.parameters():
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
-        parameter.data = torch.randn(parameter.shape, generator=random) * (1.5 * fan_in**-0.5)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu), shape
-
-
-def conditioning(seed, tokens=7):
-    random = torch.Generator().manual_seed(seed)
-    pooled = torch.randn(1, POOLED, generator=random)
-    return [[torch.randn(1, tokens, TEXT, generator=random), {"pooled_output": pooled}]]
-
-
-@torch.inference_mode()
-def sample(comfy, patcher, shape):
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    texts = conditioning(1), conditioning(2)
-    return comfy.sample.sample(
-        patcher, noise, 3, 3.0, "euler", "normal", *texts, torch.zeros(shape), seed=3, disable_pbar=True
-    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -203,6 +45,29 @@ def test_negative(comfy, name):
     torch.testing.assert_close(same, sample(comfy, patcher, shape), rtol=1e-3, atol=1e-3)  # from itself, no way away
 
 
+@pytest.mark.parametrize(("name", "sites"), [("mmdit", 2), ("flux", 4), ("qwen, located at its first call", 2)])
+def test_a_negative_of_another_length(comfy, name, sites):
+    """Equal to a call by brute force for each text, in step."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    patcher, shape = made(comfy, name)
+    spec, negative = sloth_fx.NAG(scale=7.0, alpha=0.6), conditioning(5, tokens=9)
+    patched = patch_model(patcher, [spec], negative=negative)
+    torchs = {"optimized_attention_override": lambda attend, *args, **options: attention_pytorch(*args, **options)}
+
+    def run(model, text):
+        return called(model, shape, text, **torchs)
+
+    texts = tuple(each[0][0].expand(shape[0], -1, -1) for each in (conditioning(1), negative))
+    read = tuple(in_order([joint(text.shape[1], 117)] * sites) for text in texts)
+    expected = in_step(patcher, texts, spec, read, run=run)
+    patched.patch_model()
+    found = called(patched, shape)
+    patched.unpatch_model()
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - called(patcher, shape)).abs().max() > 1e-2 * expected.abs().max()
+
+
 @torch.inference_mode()
 def test_lora_and_lowvram(comfy):
     patcher, shape = made(comfy, "unet")
@@ -226,17 +91,29 @@ def test_lora_and_lowvram(comfy):
     torch.testing.assert_close(*results)
 
 
-def called(patcher, shape, timestep=601):
-    """What the model of a loaded patcher predicts."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    sigma = patcher.model.model_sampling.sigmas[timestep].expand(len(x))
-    options = {**patcher.model_options["transformer_options"], "sigmas": sigma, "cond_or_uncond": [0]}
-    text = conditioning(1)[0][0].expand(len(x), -1, -1)
-    return patcher.model.apply_model(x, sigma, c_crossattn=text, transformer_options=options)
-
-
 @torch.no_grad()
-def test_the_twin_of_diffusers(comfy):
+def called(patcher, shape, text=None, **options):
+    """What the model of a loaded patcher predicts, at the timestep 601 of Stable Diffusion."""
+    x = same_noise(shape)
+    sigma = patcher.model.model_sampling.sigmas[601].expand(len(x))
+    options |= {**patcher.model_options["transformer_options"], "sigmas": sigma, "cond_or_uncond": [0]}
+    text = conditioning(1)[0][0].expand(len(x), -1, -1) if text is None else text
+    given = {"c_crossattn": text, "transformer_options": options}
+    if type(patcher.model).__name__ in ("SD3", "Flux"):
+        given["y"] = conditioning(1)[0][1]["pooled_output"].expand(len(x), -1)
+    return patcher.model.apply_model(x, sigma, **given)
+
+
+TWINS = {
+    "tiles": sloth_fx.NearSightedAttention(base_tile_size=8, peak_tile_size=10),
+    "PAG": sloth_fx.PAG(),
+    "SAG": sloth_fx.SAG(),
+}
+
+
+@pytest.mark.parametrize("kind", TWINS)
+@torch.no_grad()
+def test_the_twin_of_diffusers(comfy, kind):
     """The same weights in diffusers' UNet, with the same spec at the same moment: the same numbers."""
     diffusers = pytest.importorskip("diffusers")
     patcher, shape = made(comfy, "unet")
@@ -251,20 +128,37 @@ def test_the_twin_of_diffusers(comfy):
     names = comfy.utils.unet_to_diffusers({**UNET, "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4})
     weights = patcher.model.diffusion_model.state_dict()
     twin.load_state_dict({name: weights[names[name]] for name in twin.state_dict()})
-    spec = sloth_fx.NearSightedAttention(base_tile_size=8, peak_tile_size=10)
-    patched = patch_model(patcher, [spec])
+    patched = patch_model(patcher, [TWINS[kind]])
     patched.patch_model()
     found = called(patched, shape)
     moment = patch_of(patched.object_patches["diffusion_model"]).context.moment
     patched.unpatch_model()
     assert (found - called(patcher, shape)).abs().max() > 1e-2
-    twin = sloth_fx.transform(twin, spec)
-    sloth_fx.context(twin).at(moment.progress, moment.sigma)
-    x, sigma = torch.randn(shape, generator=torch.Generator().manual_seed(3)), moment.sigma
+    twin = sloth_fx.transform(twin, TWINS[kind])
+    context = sloth_fx.context(twin)
+    context.at(moment.progress, moment.sigma)
+    context.prediction = "epsilon"
+    x, sigma = same_noise(shape), moment.sigma
     text = conditioning(1)[0][0].expand(len(x), -1, -1)
     noise = twin(x / (sigma**2 + 1) ** 0.5, 601, encoder_hidden_states=text).sample
     torch.testing.assert_close(found, x - sigma * noise, rtol=1e-4, atol=1e-4)
     assert moment.progress == pytest.approx(0.399)
+
+
+def test_the_queue_again(comfy, monkeypatch):
+    """Another seed, size or cfg neither transforms nor captures anything again."""
+    patcher, shape = made(comfy, "unet")
+    specs = [sloth_fx.SlothfulAttention(), sloth_fx.PAG()]
+    first = sample(comfy, patch_model(patcher, specs), shape)
+
+    def never(*args, **kwargs):
+        raise AssertionError("this was done before")
+
+    monkeypatch.setattr(patching, "transform", never)
+    monkeypatch.setattr(Variants, "add", never)
+    again = patch_model(patcher, specs)
+    assert torch.equal(sample(comfy, again, shape), first)
+    sample(comfy, again, (3, 4, 31, 21), cfg=1.0, steps=2)
 
 
 def test_collisions(comfy):

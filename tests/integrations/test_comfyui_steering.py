@@ -14,10 +14,11 @@ from sloth_fx.bind import Variants
 from sloth_fx.errors import SlothError
 from sloth_fx.integrations.comfy import patching
 from sloth_fx.integrations.comfy.patching import patch_model
-from sloth_fx.integrations.comfy.sampling import moment_of, prediction_of
+from sloth_fx.integrations.comfy.sampling import Run, moment_of, prediction_of, sigma_of
 from sloth_fx.model_adapters import ModelAdapter, adapter_for, registry
 from sloth_fx.patch import patch_of
 from sloth_fx.prediction import Prediction
+from tests.integrations import comfy_host
 from tests.integrations.comfy_host import (
     COLUMNS,
     CONST,
@@ -27,6 +28,7 @@ from tests.integrations.comfy_host import (
     ROWS,
     SIGMAS,
     Angle,
+    CFGGuider,
     Discrete,
     Edm,
     Flow,
@@ -38,6 +40,7 @@ from tests.integrations.comfy_host import (
     latents,
     patcher,
     sample,
+    start,
 )
 from tests.two_branches import in_order, in_step, joint
 
@@ -57,7 +60,7 @@ def context_of(patched):
 
 
 def at(sigma, sampling, sigmas=SIGMAS):
-    return moment_of({"sigmas": torch.tensor([sigma]), "sample_sigmas": sigmas}, sampling)
+    return moment_of(sigma, sigmas.tolist(), sampling)
 
 
 # Moments
@@ -94,7 +97,7 @@ def test_shares_of_a_run():
 def test_the_end_of_a_run():
     for sampling in (Discrete(), Flow(), Edm(), Angle()):
         assert at(0.0, sampling).progress == 1
-        last = moment_of({"sigmas": SIGMAS[2:3]}, sampling)
+        last = moment_of(float(SIGMAS[2]), None, sampling)
         assert last.step is None  # nobody knows it
 
 
@@ -108,7 +111,19 @@ def test_steps_fill_the_run():
 
 def test_no_sigmas():
     with pytest.raises(SlothError, match='no "sigmas" in its transformer_options'):
-        moment_of({}, Discrete())
+        sigma_of({})
+
+
+def test_the_sigmas_of_a_run_are_read_once(monkeypatch):
+    """Each reading waits for the device."""
+    run, read = Run(), []
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(len(self)) or whole(self))
+    options = {"sample_sigmas": SIGMAS}
+    assert [run.sigmas(options) for _ in range(3)] == [whole(SIGMAS)] * 3
+    assert run.sigmas({"sample_sigmas": SIGMAS[1:]}) == whole(SIGMAS[1:])
+    assert run.sigmas({}) is None
+    assert read == [4, 3]
 
 
 def test_a_call_is_what_a_driven_model_gives():
@@ -213,27 +228,112 @@ def test_a_negative_of_the_wrong_size():
         sample(patched)
 
 
-@pytest.mark.parametrize("spec", [sloth_fx.PAG(), sloth_fx.SEG()], ids=["PAG", "SEG"])
-def test_perturbed_guidance_is_the_same_together_and_apart(spec):
-    """ComfyUI calls its model for both texts at once, or for one after the other where memory is short."""
-    base, scale = patcher(), 3.0
-    patched = patch_model(base, [spec])
-    assert guider(patched, scale) == "sampled"
+PERTURBING = {
+    "PAG": sloth_fx.PAG(),
+    "SEG": sloth_fx.SEG(),
+    "TPG": sloth_fx.TPG(),
+    "SLG": sloth_fx.SLG(layers=(1,), start=0.0, stop=1.0),
+    "SAG": sloth_fx.SAG(),
+}
+SIGMA, SCALE = 3.5, 3.0
 
-    def called(model, *groups):
-        model.load()
-        with torch.no_grad():
-            found = dict(zip(groups, call(model, latents(), 3.5, SIGMAS, groups), strict=True))
-        model.unload()
-        return found
 
-    def guided(found):
-        return found[1] + scale * (found[0] - found[1])
+def predicted(model, *calls):
+    """By group, what each of several calls predicts, which together are all there are."""
+    model.load()
+    with torch.no_grad():
+        found = []
+        for groups in calls:
+            beside = [group for each in calls for group in each]
+            found += zip(groups, call(model, latents(), SIGMA, SIGMAS, groups, beside), strict=True)
+    model.unload()
+    return found
 
-    together = guided(called(patched, 1, 0))
-    torch.testing.assert_close(guided(called(patched, 0, 1)), together)
-    torch.testing.assert_close(guided({**called(base, 1), **called(patched, 0)}), together)
-    assert (together - guided(called(base, 1, 0))).abs().max() > 1e-3
+
+def guided(found, scale=SCALE):
+    """Classifier-free guidance by the mean of each text's predictions."""
+    positive, negative = (torch.stack([each for group, each in found if group == text]).mean(0) for text in (0, 1))
+    return negative + scale * (positive - negative)
+
+
+@pytest.mark.parametrize("name", PERTURBING)
+def test_perturbed_guidance_is_the_same_together_and_apart(name):
+    """ComfyUI calls its model for all texts at once, or for one after the other where memory is short."""
+    base = patcher()
+    patched = patch_model(base, [PERTURBING[name]])
+    plain = guided(predicted(base, (1, 0)))
+    start(CFGGuider(patched, SCALE))
+    together = guided(predicted(patched, (1, 0)))
+    assert (together - plain).abs().max() > 1e-3
+    for calls in [[(0, 1)], [(1,), (0,)], [(0, 0, 1)], [(0, 1), (0,)]]:
+        torch.testing.assert_close(guided(predicted(patched, *calls)), together)
+
+
+@pytest.mark.parametrize("name", PERTURBING)
+def test_guidance_that_is_not_known(name):
+    """One call with both texts gets what holds for any scale; where there are several, that would be wrong."""
+    patched = patch_model(patcher(), [PERTURBING[name]])
+    start(CFGGuider(patched, SCALE))
+    expected = guided(predicted(patched, (1, 0)))
+    other = type("Scheduled", (CFGGuider,), {"predict_noise": lambda self: None})(patched, SCALE)
+    changed = patched.clone()
+    changed.model_options["sampler_cfg_function"] = lambda args: args["cond"]
+    for guider in (other, CFGGuider(changed, SCALE), CFGGuider(patched, 0.0)):
+        start(guider)
+        torch.testing.assert_close(guided(predicted(patched, (1, 0))), expected)
+        with pytest.raises(SlothError, match=r"another kind than CFGGuider's, or with a cfg of 0.*has the rows uncond"):
+            predicted(patched, (1,), (0,))
+        predicted(patched, (0,))  # no negative, so there is no other guidance
+
+
+def test_what_else_runs_in_a_call_for_two_predictions_gets_tensors(monkeypatch):
+    """ComfyUI's kernels get the rows of both at once; Python of others runs in calls of its own, with rows it knows."""
+    patched = patch_model(patcher(), [PERTURBING["PAG"]])
+    assert "what lies before it is computed once" in str([site.note for site in patch_of(model_of(patched)).report])
+    seen, attend = [], comfy_host.kernel
+
+    def noted(query, *args, **kwargs):
+        assert isinstance(query, torch.Tensor)
+        seen.append(len(query))
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(comfy_host, "kernel", noted)
+    start(CFGGuider(patched, SCALE))
+    expected = guided(predicted(patched, (1, 0)))
+    assert seen == [4] * 3 + [6] * 5  # the middle's self-attention perturbs 2 of 4 rows
+    seen.clear()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = lambda attend, *args, **kwargs: (
+        attend(*args, **kwargs)
+    )
+    torch.testing.assert_close(guided(predicted(patched, (1, 0))), expected)
+    assert seen == [4] * 8 + [2] * 7  # the one that is perturbed gives its value
+
+
+def test_joint_attention_is_perturbed_without_a_mask(monkeypatch):
+    """Which some of ComfyUI's kernels add whatever it is, and others leave out."""
+    attend = comfy_host.kernel
+
+    def unmasked(*args, mask=None, **kwargs):
+        assert mask is None
+        return attend(*args, **kwargs)
+
+    base = patcher(Joint())
+    patched = patch_model(base, [sloth_fx.PAG()])
+    monkeypatch.setattr(comfy_host, "kernel", unmasked)
+    start(CFGGuider(patched, SCALE))
+    found = guided(predicted(patched, (1, 0)))
+    assert (found - guided(predicted(base, (1, 0)))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PERTURBING)
+def test_without_a_negative(name):
+    """A cfg of 1 leaves it out: what the positive is guided by is then taken whole, as by a guider that has both."""
+    patched = patch_model(patcher(), [PERTURBING[name]])
+    start(CFGGuider(patched, 1.0))
+    ((_, alone),) = predicted(patched, (0,))
+    if name != "SAG":  # which degrades the negative where there is one
+        torch.testing.assert_close(guided(predicted(patched, (1, 0)), 1.0), alone)
+    assert (alone - predicted(patcher(), (0,))[0][1]).abs().max() > 1e-3
 
 
 def predicting(name, sigma_data=1.0):
@@ -267,32 +367,20 @@ def test_the_prediction_of_an_earlier_run_is_forgotten():
         sample(patched)
 
 
-def guider(patched, cfg, **conds):
-    """A guider of ComfyUI at the start of its run, as its wrapper gets it."""
-    (note,) = patched.model_options["transformer_options"]["wrappers"]["outer_sample"]["sloth_fx"]
-
-    class Executor:
-        class_obj = type("Guider", (), {"model_options": patched.model_options, "cfg": cfg, "conds": conds})()
-
-        def __call__(self):
-            return "sampled"
-
-    return note(Executor())
-
-
 @pytest.mark.parametrize("spec", [sloth_fx.PAG(), sloth_fx.SAG(), sloth_fx.NAG()], ids=["PAG", "SAG", "NAG"])
 def test_a_guider_of_three_conditionings(spec):
     """DualCFGGuider calls with the negative first, which cond_or_uncond then has as 0."""
-    patched = patch_model(patcher(), [spec], negative=conditioning(7, seed=5))
-    assert guider(patched, 3.0, positive=[], negative=[]) == "sampled"
-    assert guider(patched, 1.0, positive=[]) == "sampled"
+    negative = conditioning(7, seed=5) if isinstance(spec, sloth_fx.NAG) else None
+    patched = patch_model(patcher(), [spec], negative=negative)
+    assert start(CFGGuider(patched, 3.0, positive=[], negative=[])) == "sampled"
+    assert start(CFGGuider(patched, 1.0, positive=[])) == "sampled"
     with pytest.raises(SlothError, match=r"Guider guides by positive, middle, negative.*use CFGGuider"):
-        guider(patched, 1.0, positive=[], middle=[], negative=[])
+        start(CFGGuider(patched, 1.0, positive=[], middle=[], negative=[]))
 
 
 def test_a_guider_of_three_conditionings_where_nothing_is_guided():
     patched = patch_model(patcher(), [FULL])
-    assert guider(patched, 1.0, positive=[], middle=[], negative=[]) == "sampled"
+    assert start(CFGGuider(patched, 1.0, positive=[], middle=[], negative=[])) == "sampled"
 
 
 # One transform
@@ -483,11 +571,15 @@ def test_patches_that_go_together():
         assert (expected - sample(base)).abs().max() > 1e-3
 
 
+def halved_result(attend, *args, **kwargs):
+    return attend(*args, **kwargs) * 0.5
+
+
 def test_a_hosts_choice_of_attention_stays():
     base = patcher()
     patched = patch_model(base, [NEUTRAL])
     for each in (base, patched):
-        each.model_options["transformer_options"]["optimized_attention_override"] = lambda out: out * 0.5
+        each.model_options["transformer_options"]["optimized_attention_override"] = halved_result
     assert torch.equal(sample(patched), sample(base))
 
 
@@ -507,7 +599,10 @@ COLLISIONS = {
 }
 
 
-@pytest.mark.parametrize("spec", [sloth_fx.SAG(), sloth_fx.PAG()], ids=["SAG", "PAG"])
+FIRST_BLOCK = sloth_fx.SLG(layers=(0,), start=0.0, stop=1.0)  # that of input 1
+
+
+@pytest.mark.parametrize("spec", [sloth_fx.SAG(), sloth_fx.PAG(), FIRST_BLOCK], ids=["SAG", "PAG", "SLG"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -518,25 +613,36 @@ COLLISIONS = {
 )
 def test_patches_of_rows_with_perturbed_guidance(change, spec):
     """Together and apart the same: a call that degrades one group says so to whoever tells rows by their group."""
-    base, scale = patcher(), 3.0
+    base = patcher()
     patched, plain = change(patch_model(base, [spec])), patch_model(base, [spec])
     for each in (patched, plain):
-        guider(each, scale)
+        start(CFGGuider(each, SCALE))
+    together = guided(predicted(patched, (1, 0)))
+    for calls in ([(0, 1)], [(1,), (0,)]):
+        found = guided(predicted(patched, *calls))
+        assert (found - together).abs().max() < 1e-5 * together.abs().max()
+    assert (together - guided(predicted(plain, (1, 0)))).abs().max() > 1e-3
+    assert (together - guided(predicted(change(base), (1, 0)))).abs().max() > 1e-3
 
-    def guided(model, *calls):
-        model.load()
-        with torch.no_grad():
-            found = {}
-            for groups in calls:
-                found |= dict(zip(groups, call(model, latents(), 3.5, SIGMAS, groups), strict=True))
-        model.unload()
-        return found[1] + scale * (found[0] - found[1])
 
-    together = guided(patched, (1, 0))
-    for calls in (((0, 1),), ((1,), (0,))):
-        assert (guided(patched, *calls) - together).abs().max() < 1e-5 * together.abs().max()
-    assert (together - guided(plain, (1, 0))).abs().max() > 1e-3
-    assert (together - guided(change(base), (1, 0))).abs().max() > 1e-3
+@pytest.mark.parametrize("name", PERTURBING)
+def test_perturbed_guidance_beside_other_nodes(name):
+    """In any order of the nodes, together and apart: of keys that are reduced elsewhere, and of a negative prompt."""
+    base, negative = patcher(), conditioning(7, seed=5)
+    reduced = sloth_fx.SlothfulAttention(keep_middle=True)
+    specs = PERTURBING[name], reduced, sloth_fx.NAG(scale=5.0)
+    one = patch_model(base, specs, negative=negative)
+    other = base
+    for each in reversed(specs):
+        other = patch_model(other, [each], negative=negative if isinstance(each, sloth_fx.NAG) else None)
+    for each in (one, other):
+        start(CFGGuider(each, SCALE))
+    together = guided(predicted(one, (1, 0)))
+    torch.testing.assert_close(guided(predicted(one, (1,), (0,))), together)
+    torch.testing.assert_close(guided(predicted(other, (0, 1))), together)
+    for fewer in (patch_model(base, specs[1:], negative=negative), patch_model(base, specs[:2])):
+        start(CFGGuider(fewer, SCALE))
+        assert (guided(predicted(fewer, (1, 0))) - together).abs().max() > 1e-3
 
 
 def test_a_degraded_call_has_one_group():

@@ -35,9 +35,9 @@ def check(pipe: Any, given: dict[str, Any], spec: Any = SPEC) -> torch.Tensor:
 # Adapters
 
 
-def lora_weights() -> dict[str, torch.Tensor]:
+def lora_weights(levels: dict[str, Any] = pipelines.ONE_LEVEL) -> dict[str, torch.Tensor]:
     """As ``load_lora_weights`` takes them, far from zero."""
-    unet = models.sd15(**pipelines.ONE_LEVEL)
+    unet = models.sd15(**levels)
     unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"]))
     random = torch.Generator().manual_seed(5)
     return {

@@ -249,3 +249,38 @@ class Encoder(nn.Module):
 def test_an_encoder_layer(shape, training):
     [site] = sloth_fx.inspect(Encoder().train(training), example_inputs=(torch.zeros(shape),))
     assert (site.path, site.kind, site.grid, site.heads) == ("layer.self_attn", "self", shape[2:], 2)
+
+
+class Reading(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def forward(self, queries, keys):
+        queries, keys = (each[:, None].expand(-1, HEADS, -1, -1) for each in (queries, keys))
+        return self.way(queries * 2, keys * 3, keys)[:, 0]
+
+
+class Resampled(nn.Module):
+    """Learned tokens read the text, and stand before the image."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.learned, self.embed = nn.Parameter(torch.randn(1, 5, 4)), nn.Linear(4, 4)
+        self.resampler, self.joint = Reading(way), Reading(F.scaled_dot_product_attention)
+
+    def forward(self, sample, text):
+        learned = self.learned.expand(len(text), -1, -1)
+        learned = learned + self.resampler(learned, self.embed(text))
+        tokens = torch.cat([learned, sample.flatten(2).mT], 1)
+        return self.joint(tokens, tokens)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", sorted(WAYS.keys() - {"transposed"}))
+def test_learned_tokens_are_no_image_and_stand_for_the_text_that_they_read(name, shape):
+    example = torch.zeros(shape), torch.zeros(shape[0], 6, 4)
+    resampler, joint = sloth_fx.inspect(Resampled(WAYS[name]), example_inputs=example)
+    assert (resampler.kind, resampler.text, resampler.grid) == ("cross", (0, 6), None)
+    assert not resampler.image_queries
+    assert (joint.kind, joint.text, joint.grid, joint.image_queries) == ("joint", (0, 5), shape[2:], True)

@@ -19,10 +19,15 @@ def test_a_border_of_copies(mode):
     assert (x[:, 0] == numbered(IMAGE)[0].numpy()[:, 0]).all()
 
 
+def _patches(x):
+    return rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
+
+
 SCALED = {
     "patches": lambda x: F.conv2d(x, torch.empty(4, 3, 2, 2), stride=2),
     "halved": lambda x: F.conv2d(x, torch.empty(4, 3, 3, 3), stride=2, padding=1),
     "padded_at_the_end": lambda x: F.conv2d(F.pad(x, (0, 1, 0, 1)), torch.empty(4, 3, 3, 3), stride=2),
+    "wrapped_around": lambda x: _patches(F.pad(x[:, :, :5, :9], (0, 1, 0, 1), mode="circular")),
     "average": lambda x: F.avg_pool2d(x, 2),
     "maximum": lambda x: F.max_pool2d(x, 2),
     "adaptive": lambda x: F.adaptive_avg_pool2d(x, (3, 5)),
@@ -30,7 +35,7 @@ SCALED = {
     "bilinear": lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear"),
     "strided": lambda x: x[:, :, ::2, ::2],
     "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
-    "einops": lambda x: rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2),
+    "einops": _patches,
     "unfolded": lambda x: F.unfold(x, 2, stride=2).unflatten(-1, (3, 5)),
 }
 

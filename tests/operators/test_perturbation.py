@@ -180,6 +180,18 @@ def test_classifier_free_guidance_outside_gives_the_published_formula(weight):
         torch.testing.assert_close(uncond + weight * (c - uncond), expected)
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_several_groups_each_by_itself(rescale):
+    """As if each had a call of its own, and the others none."""
+    one, uncond, other, first, second = (normal(BATCH, 4, *GRID) for _ in range(5))
+    how = {"scale": 3.0, "rescale": rescale, "share": share_of(7.5)}
+    together = guided(
+        torch.cat([one, uncond, other]), torch.cat([first, second]), (True, False, True), spread=False, **how
+    )
+    expected = torch.cat([guided(one, first, **how), uncond, guided(other, second, **how)])
+    torch.testing.assert_close(together, expected)
+
+
 def test_rescaled_it_is_the_same_in_one_call_and_in_two():
     uncond, cond, perturbed = (normal(BATCH, 4, *GRID) for _ in range(3))
     u, c = guided(torch.cat([uncond, cond]), perturbed, (False, True), scale=3.0, rescale=0.7).chunk(2)

@@ -119,6 +119,28 @@ def test_it_equals_two_calls_in_step(name):
     assert difference(found, run(model, call)) > 0.05
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["before the image", "behind a reference"])
+def test_learned_tokens_that_read_the_text_stand_for_it(last):
+    """A perceiver's; other sites read text of their own."""
+    name = "BriaFibo2Transformer2DModel" + ("/edit" if last else "")
+    call, patched = MODELS[name].inputs(), sloth_fx.transform(shared(name), SPEC, example_inputs=MODELS[name].inputs())
+    report = [site for site in sloth_fx.report(patched) if "NAG" in site.operators]
+    assert not any("perceiver" in site.path for site in report)
+    total = report[0].q_tokens
+    image = slice(0, 99) if last else slice(total - 99, total)
+
+    def read(query, key):
+        if query.shape[-2] != total:
+            return None
+        return ReadsText(image, image if key.shape[-2] == total else None)
+
+    negative = {TEXT: noise(call[TEXT])}
+    sloth_fx.context(patched).set_negative(**negative)
+    found = at(patched, 0.1, call)
+    assert difference(found, in_step(shared(name), (call, {**call, **negative}), SPEC, (read, read), run=run)) < 1e-5
+    assert difference(found, run(shared(name), call)) > 0.05
+
+
 def test_one_of_a_list_of_texts_is_for_all_images():
     name = "ZImageTransformer2DModel"
     call, patched = MODELS[name].inputs(), sloth_fx.transform(shared(name), SPEC, example_inputs=MODELS[name].inputs())

@@ -118,11 +118,16 @@ def check_modules(model: nn.Module, expected: Mapping[str, tuple[nn.Module, Any]
         now = model
         for name in path.split(".") if path else ():
             now = getattr(now, "_modules", {}).get(name)  # type: ignore[assignment]
-        if now is not owner or getattr(owner.__dict__.get("forward"), "__func__", None) is not function:
+        if now is not owner or function_of(owner) is not function:
             raise SlothError(
                 f"another node has exchanged {path} of this model after Sloth FX had rewritten it (to compile some of "
                 "its blocks, perhaps): leave that node out, or use TorchCompileModel, which compiles the whole model"
             )
+
+
+def function_of(owner: nn.Module) -> Any:
+    """What a module runs in the place of the forward of its class; ``None`` if it runs that."""
+    return getattr(owner.__dict__.get("forward"), "__func__", None)
 
 
 def describe(function: Any) -> str:

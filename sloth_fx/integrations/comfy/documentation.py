@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
-_NO_USE = re.compile(r" (Source:|Raises SlothError).*")  # to whoever sets a widget
+_NO_USE = re.compile(r" (Source:|Raises SlothError).*| \(:\w+:`[^`]*`\)")  # to whoever sets a widget
 
 
 @cache

@@ -19,6 +19,7 @@ Input = tuple[Any, dict[str, Any]]
 Inputs = dict[str, Input]
 
 _MOST = 1000.0  # of a widget for a number without limit, for which it stands
+_STEPS = {"adaptive": 0.001}  # of widgets that need finer ones
 _FIELDS = {"slothful": "rate", "strength": "rate", "blend": "k_blend", "tiling_max_depth": "max_depth"}
 """Parameters of the original nodes whose field in a spec is called otherwise."""
 
@@ -33,6 +34,7 @@ WHERE: Input = (
 
 def widget(default: Any, accepts: Accepts, step: float, tooltip: str) -> Input:
     """The declaration of one input."""
+    tooltip = tooltip.replace("math.inf", f"{_MOST:g}")
     options = {"default": default, "tooltip": tooltip} if tooltip else {"default": default}
     if accepts.choices:
         return list(accepts.choices), options
@@ -59,7 +61,7 @@ def inputs_of_spec(spec: type) -> Inputs:
     for each in fields(spec):
         accepts = each.metadata.get("accepts")
         if accepts is not None and (accepts.choices or isinstance(each.default, int | float)):
-            step = 1 if accepts.whole else 0.05
+            step = 1 if accepts.whole else _STEPS.get(each.name, 0.05)
             found[each.name] = widget(each.default, accepts, step, told.get(each.name, ""))
             if each.name == "seed":  # which the browser would make anew for each run, and the model with it
                 found[each.name][1]["control_after_generate"] = False

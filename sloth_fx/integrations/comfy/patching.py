@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from sloth_fx.branching.einops import tell_einops
 from sloth_fx.capture.call import substitute
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.dynamo import outside_graphs
 from sloth_fx.errors import RefusedInputsError, SlothError
 from sloth_fx.integrations.comfy.collisions import check_before_loading, check_not_compiled, check_object_patches
-from sloth_fx.integrations.comfy.sharing import share_modules
-from sloth_fx.integrations.comfy.steering import KEY, Driver, Source, note_guidance
+from sloth_fx.integrations.comfy.sharing import rewritten_modules, share_modules
+from sloth_fx.integrations.comfy.source import KEY, Source, note_conditionings, note_guidance
+from sloth_fx.integrations.comfy.steering import Driver
 from sloth_fx.integrations.comfy.trial import trial_inputs
 from sloth_fx.model_adapters import ModelAdapter, assumed
 from sloth_fx.patch import patch_of
@@ -30,7 +32,6 @@ from sloth_fx.transform import FIRST_CALL, check_untouched, transform
 
 NAME = "diffusion_model"
 _KEPT = 4  # transforms of one model
-_GUIDING = (NAG, PerturbationSpec)  # they have to know which rows are the positive's
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,23 @@ def patch_model(
     options = clone.model_options["transformer_options"]
     source = options.get(KEY)
     negative = negative if negative is not None else getattr(source, "negative", None)
-    if negative is None and any(isinstance(each, NAG) for each in request.specs):
+    guides = any(isinstance(each, NAG) for each in request.specs)
+    if guides and negative is None:
         raise SlothError("NAG has no negative: connect a CONDITIONING (of CLIP Text Encode) to it")
+    if negative is not None and not guides:
+        raise SlothError("a negative is connected, and the specs have no NAG that would read it: leave it out")
     if negative is not None and len(negative) != 1:
         raise SlothError(f"the negative of NAG has {len(negative)} parts: give that of one prompt, not combined ones")
     if request.specs:
         clone.add_object_patch(NAME, _patched(original, request))
     elif request.phases is not None:
         raise SlothError("phases is for the schedules of other nodes: put it after them")
-    options[KEY] = Source(clone.model, negative, guides=any(isinstance(each, _GUIDING) for each in request.specs))
+    perturbs = any(isinstance(each, PerturbationSpec) for each in request.specs)
+    options[KEY] = Source(clone.model, negative, guides=guides or perturbs, perturbs=perturbs)
     wrappers = options.setdefault("wrappers", {})
     wrappers.setdefault("prepare_sampling", {})[KEY] = [check_before_loading]
     wrappers.setdefault("outer_sample", {})[KEY] = [note_guidance]
+    wrappers.setdefault("calc_cond_batch", {})[KEY] = [note_conditionings]
     return clone
 
 
@@ -137,12 +143,14 @@ def _located(original: nn.Module, request: Request) -> nn.Module:
 
 def _steered(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
     patched = _tried(original, request, inputs)
-    share_modules(patched, original, patch_of(patched).graphs)
-    Driver(patched)
+    rewritten = rewritten_modules(patched, original)
+    share_modules(patched, original, rewritten)
+    Driver(patched, rewritten)
     return patched
 
 
 def _tried(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
+    tell_einops()  # which its models rearrange tokens with
     with assumed(original, ModelAdapter(latent=next(iter(_parameters(original))))):
         return transform(original, request.specs, example_inputs=inputs, phases=request.phases)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from sloth_fx.errors import SlothError
@@ -24,20 +25,40 @@ _PREDICTIONS: dict[str, Kind | None] = {
 ones predict what no kind here stands for, or take another input."""
 
 
-def moment_of(options: Any, model_sampling: Any) -> Moment:
-    """The moment of a call whose ``transformer_options`` are ``options``, in a run of ``model_sampling``.
+class Run:
+    """The sigmas of a run, which are read once: reading them waits for the device."""
 
-    Progress is a place in the full range of noise, as it is everywhere here, and not a count of steps: 1 - t / N of
-    the timestep t, of N that the model was trained with, for those of Stable Diffusion; 1 - s for flows; how far
-    ln sigma has come for EDM. Sigma is noise over signal: s / (1 - s) for flows. A step goes on until the next of
-    ``sample_sigmas``. Raises :class:`SlothError` where there are no sigmas.
-    """
+    def __init__(self) -> None:
+        self._read: tuple[Any, list[float]] = (None, [])
+
+    def sigmas(self, options: Any) -> list[float] | None:
+        """Those of the run that ``options`` of a call belong to; ``None`` where they do not say."""
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            return None
+        if sigmas is not self._read[0]:
+            self._read = sigmas, sigmas.tolist()
+        return self._read[1]
+
+
+def sigma_of(options: Any) -> float:
+    """The sigma of a call whose ``transformer_options`` are ``options``. Raises :class:`SlothError` without one."""
     sigmas = options.get("sigmas")
     if sigmas is None or len(sigmas) == 0:
         raise SlothError('this call of the model has no "sigmas" in its transformer_options: nothing tells the moment')
-    sigma = float(sigmas.flatten()[0])
+    return float(sigmas.flatten()[0])
+
+
+def moment_of(sigma: float, run: Sequence[float] | None, model_sampling: Any) -> Moment:
+    """The moment at ``sigma`` in a ``run`` of ``model_sampling``.
+
+    Progress is a place in the full range of noise, as it is everywhere here, and not a count of steps: 1 - t / N of
+    the timestep t, of N that the model was trained with, for those of Stable Diffusion; 1 - s for flows; how far
+    ln sigma has come for EDM. Sigma is noise over signal: s / (1 - s) for flows. A step goes on until the next sigma of
+    the run.
+    """
     progress = _progress(sigma, model_sampling)
-    return Moment(progress, _noise_over_signal(sigma, model_sampling), _step(progress, sigma, options, model_sampling))
+    return Moment(progress, _noise_over_signal(sigma, model_sampling), _step(progress, sigma, run, model_sampling))
 
 
 def prediction_of(model_sampling: Any) -> Prediction | None:
@@ -71,14 +92,13 @@ def _progress(sigma: float, sampling: Any) -> float:
     return _clamped((first - now) / (first - last)) if first > last else 0.0  # of ln sigma
 
 
-def _step(progress: float, sigma: float, options: Any, sampling: Any) -> tuple[float, float] | None:
-    """The part of the run until the next sigma; ``None`` where this one is none of the run's."""
-    run = options.get("sample_sigmas")
+def _step(progress: float, sigma: float, run: Sequence[float] | None, sampling: Any) -> tuple[float, float] | None:
+    """The part of the run until the next sigma; ``None`` where the run is not known."""
     if run is None:
         return None
-    later = [each for each in run.tolist() if each < sigma * (1 - 1e-6)]
+    later = [each for each in run if each < sigma * (1 - 1e-6)]
     end = _progress(later[0], sampling) if later else 1.0
-    whole = len(run) > 0 and math.isclose(float(run[0]), sigma, rel_tol=1e-6)
+    whole = len(run) > 0 and math.isclose(run[0], sigma, rel_tol=1e-6)
     return (0.0 if whole and 2 * progress <= end else progress, max(end, progress))
 
 
