@@ -22,6 +22,7 @@ from sloth_fx.branching import (
     positive_of,
     run_apart,
     take_lengths,
+    tell_einops,
 )
 from sloth_fx.capture.capture import Call
 from sloth_fx.dynamo import outside_graphs
@@ -212,6 +213,7 @@ def share(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (Branches, SharedImage, GuidedResult)):
             module.shares = True
+    tell_einops()
     take_lengths(model)
     for name in branches_of(model).apart:
         run_apart(model.get_submodule(name))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sloth_fx.branching import Asks, Groups, Rows, UnwritableError, picked_groups, rows_in, together
+from sloth_fx.branching import Asks, Groups, Rows, UnwritableError, picked_groups, rows_in, tell_einops, together
 from sloth_fx.capture.capture import Call
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.capture.skeleton import Skeleton
@@ -256,6 +256,7 @@ def share(model: nn.Module) -> None:
     perturbed = model._modules[NAME]
     assert isinstance(perturbed, Perturbed)
     perturbed.shares = True
+    tell_einops()
 
 
 def install(model: nn.Module, perturbed: Perturbed) -> None:

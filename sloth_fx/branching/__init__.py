@@ -3,6 +3,7 @@
 from sloth_fx.branching import elementwise, row_rules, row_shapes, rules, writes  # noqa: F401  (registers them)
 from sloth_fx.branching.attention import Read, attend_apart, attend_branches
 from sloth_fx.branching.branched import Branched
+from sloth_fx.branching.einops import tell_einops
 from sloth_fx.branching.images import NoImageError, TellImages
 from sloth_fx.branching.in_place import UnwritableError
 from sloth_fx.branching.lengths import Length, both, comparable
@@ -37,5 +38,6 @@ __all__ = [
     "rows_in",
     "run_apart",
     "take_lengths",
+    "tell_einops",
     "together",
 ]

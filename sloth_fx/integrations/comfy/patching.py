@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sloth_fx.branching.einops import tell_einops
 from sloth_fx.capture.call import substitute
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.dynamo import outside_graphs
@@ -31,7 +30,7 @@ from sloth_fx.spec import NAG, Spec
 from sloth_fx.transform import FIRST_CALL, check_untouched, transform
 
 NAME = "diffusion_model"
-_KEPT = 4  # transforms of one model
+_KEPT = 12  # transforms of one model: a chain of nodes has one for each node, with those before it
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,6 @@ def _steered(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
 
 
 def _tried(original: nn.Module, request: Request, inputs: Any) -> nn.Module:
-    tell_einops()  # which its models rearrange tokens with
     with assumed(original, ModelAdapter(latent=next(iter(_parameters(original))))):
         return transform(original, request.specs, example_inputs=inputs, phases=request.phases)
 
