@@ -20,7 +20,7 @@ from sloth_fx.plan import Plan, SitePlan
 from sloth_fx.planner import block_of
 from sloth_fx.prediction import flow_of
 from sloth_fx.self_attention_guidance import SelfAttentionGuidance
-from sloth_fx.self_checks import shared_otherwise, why_not_checked
+from sloth_fx.self_checks import check_shared, why_not_checked
 from sloth_fx.skipping import Streams, skip, skipped_blocks, streams_of
 from sloth_fx.spec import Spec
 
@@ -45,7 +45,7 @@ class Perturbation:
         rows = len(self.perturbed.latent_of(*call))
         unchecked = why_not_checked(model, call, self.plan.site.q_tokens * rows)
         if reason is None and unchecked is None:
-            reason = shared_otherwise(model, call)
+            reason, unchecked = check_shared(model, call)
         if reason is None:
             share(model)
         way = "what lies before it is computed once" if reason is None else f"a call of its own: {reason}"

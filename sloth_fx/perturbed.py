@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sloth_fx.branching import Asks, Groups, Rows, UnwritableError, picked_groups, rows_in, tell_einops, together
+from sloth_fx.branching import Asks, Rows, UnwritableError, rows_in, tell_einops, together
+from sloth_fx.call_rows import can_be_picked, has_batch, picked
 from sloth_fx.capture.capture import Call
-from sloth_fx.capture.objects import HandedOn
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
-from sloth_fx.nested import copied, mapped
+from sloth_fx.nested import copied, leaves, mapped
 from sloth_fx.operators import KeyLayout
 from sloth_fx.operators.perturbation import guided, share_of
 from sloth_fx.perturbation_specs import PerturbationSpec
@@ -69,6 +69,7 @@ class Perturbed(nn.Module):
 
     def run(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The guided result of ``forward``, that of ``model``."""
+        check_no_cache(model, self.spec)
         latent = self.latent_of(args, kwargs)
         batch = self._checked_batch(latent)
         if self.shares and not self.layout.guided:
@@ -82,6 +83,11 @@ class Perturbed(nn.Module):
             perturbed = forward(*args, **kwargs)
         if not alone:
             perturbed = mapped(lambda each: picked(each, self.rows, batch), perturbed)
+        if not any(has_batch(each, batch) for each in leaves(result)):
+            raise SlothError(
+                f"{type(self.spec).__name__} guides the rows of a batch, and nothing that {type(model).__name__} gives "
+                f"has {batch} of them along axis 0"
+            )
         return mapped(functools.partial(self._both, batch=batch), result, perturbed)
 
     def _run_shared(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -140,9 +146,7 @@ class Perturbed(nn.Module):
         return guided(prediction, perturbed, self.rows, scale=scale, **how)
 
     def _both(self, result: Any, perturbed: Any, *, batch: int) -> Any:
-        if not isinstance(result, Tensor):
-            return result
-        if result.ndim == 0 or result.shape[0] != batch or not result.dtype.is_floating_point:
+        if not has_batch(result, batch):
             return result
         expected = (batch // len(self.rows) * sum(self.rows), *result.shape[1:])
         if tuple(perturbed.shape) != expected:
@@ -151,46 +155,6 @@ class Perturbed(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.spec)
-
-
-def picked(value: Any, groups: Groups, batch: int) -> Any:
-    """The rows of some ``groups`` of the batch: of a tensor that has a row for each, and of options that say how."""
-    if isinstance(value, HandedOn) and value.of_groups is not None:
-        return value.of_groups(groups)
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch or all(groups):
-        return value
-    return picked_groups(value, groups)
-
-
-def can_be_picked(call: Call, latent: Tensor) -> bool:
-    """Whether rows can be picked of all that a call has, because each tensor plainly has a row for each of the
-    ``latent``, or one for all. Otherwise the model is asked about all rows once more, which is as right.
-
-    Not where the rows may lie along another axis, or something else counts as many, or there is something for each row
-    that is no tensor (a list of sizes). Not with masks: of fewer texts the longest may be a shorter one, and a host
-    that packs them lays its tokens in another order. And not where options of a host may go by the groups of the batch.
-    """
-    args, kwargs = call
-    given = [*(("", each) for each in args), *kwargs.items()]
-    return all(value is latent or _is_by_row(name, value, len(latent)) for name, value in given)
-
-
-def _is_by_row(name: str, value: Any, batch: int) -> bool:
-    if isinstance(value, Tensor):
-        counts = (not value.is_floating_point() and "timestep" not in name) or "mask" in name
-        return value.numel() == 1 or (value.shape[0] in (1, batch) and batch not in value.shape[1:] and not counts)
-    if isinstance(value, HandedOn):
-        return value.of_groups is not None
-    if isinstance(value, dict):
-        return all(_is_by_row(*each, batch) for each in value.items())
-    if isinstance(value, (list, tuple)):  # of feature maps, and not of samples
-        maps = [each for each in value if each is not None]
-        return len(value) != batch and all(_has_rows(each, batch) for each in maps)
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
-
-
-def _has_rows(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 2 and value.shape[0] == batch and batch not in value.shape[1:]
 
 
 @contextmanager
@@ -206,9 +170,20 @@ def _asking(model: nn.Module, asks: Asks, *, alone: bool = False) -> Iterator[No
 
 def _set(model: nn.Module, **values: Any) -> None:
     for module in model.modules():
-        for name, value in values.items():
-            if hasattr(module, name):
-                setattr(module, name, value)
+        if isinstance(getattr(module, "layout", None), KeyLayout):  # it is ours
+            for name, value in values.items():
+                if hasattr(module, name):
+                    setattr(module, name, value)
+
+
+def check_no_cache(model: nn.Module, spec: PerturbationSpec) -> None:
+    """Raise :class:`SlothError` for a model that reuses what its blocks gave in an earlier call: the second prediction
+    of a step would be made of the first."""
+    if getattr(model, "is_cache_enabled", False):
+        raise SlothError(
+            f"{type(spec).__name__} asks the model twice in a step, and its cache would answer with what it found "
+            "before: disable_cache() of the model first"
+        )
 
 
 def latent_argument(spec: PerturbationSpec, model: nn.Module, arguments: Arguments, call: Call) -> tuple[str, int]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sloth_fx.call_rows import can_be_picked, picked
 from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.nested import copied, leaves, mapped
@@ -22,7 +23,7 @@ from sloth_fx.operators.blur import blur_grid
 from sloth_fx.operators.perturbation import guided
 from sloth_fx.passes.attention_map import AttentionMap
 from sloth_fx.perturbation_specs import SAG
-from sloth_fx.perturbed import Perturbed, can_be_picked, picked
+from sloth_fx.perturbed import Perturbed, check_no_cache
 from sloth_fx.prediction import Level, Prediction
 from sloth_fx.schedule import Moment
 
@@ -101,6 +102,7 @@ class SelfAttentionGuidance(Perturbed):
         """The guided result of ``forward``, that of ``model``."""
         if self.trouble is not None:
             raise SlothError(self.trouble)
+        check_no_cache(model, self.spec)
         latent = self.latent_of(args, kwargs)
         batch = self._checked_batch(latent)
         with recording(model) as site:

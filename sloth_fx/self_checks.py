@@ -28,6 +28,7 @@ from sloth_fx.perturbed import Perturbed, share
 _PLAIN = NAG(scale=2.0, tau=math.inf, alpha=1.0)  # any wrong number shows, and rounding is not blown up
 _NOTHING = NAG(scale=2.0, tau=math.inf, alpha=0.0)
 _NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the norm of the result; half precision: a tenth
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 3e-6}  # of the norm of the result; half precision: its last place
 _DEAREST = {"cpu": 1e12}  # weights times tokens: some ten seconds for a call
 _DEAREST_ELSEWHERE = 1e15
 
@@ -62,23 +63,42 @@ def check_guidance(model: nn.Module, call: Call) -> str | None:
         return _check(trial.model, (args, kwargs))
 
 
-def shared_otherwise(model: nn.Module, call: Call) -> str | None:
-    """What is wrong with one ``call`` of a ``model``, patched and perturbed, for both branches: it has to give what two
-    calls give. It takes two to three times as long as the call; neither the model nor a random state changes."""
-    results = [_perturbed(model, call, shares=shares) for shares in (True, False)]
-    if any(not each.isfinite().all() for each in results[1]) or _near(*results):
-        return None
-    return "one for both gives something else"
+def check_shared(model: nn.Module, call: Call) -> tuple[str | None, str | None]:
+    """What is wrong with one ``call`` of a ``model``, patched and perturbed, for both branches: it has to change what
+    two calls change; and why that cannot be seen. It takes some four times as long as the call; neither the model nor a
+    random state changes."""
+    try:
+        plain, apart = (_perturbed(model, call, acts=acts) for acts in (False, True))
+    except Exception as error:  # half precision on a CPU, or a table that noise cannot look up
+        return None, f"it does not run here: {type(error).__name__}"
+    if not all(each.isfinite().all() for each in (*plain, *apart)):
+        return None, "what it gives is not finite"
+    try:
+        shared = _perturbed(model, call, shares=True)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip():.200}", None
+    if len(shared) == len(apart) and all(map(_same_change, shared, apart, plain)):
+        return None, None
+    return "one for both gives something else", None
 
 
-def _perturbed(model: nn.Module, call: Call, *, shares: bool) -> list[Tensor]:
+def _same_change(found: Tensor, expected: Tensor, plain: Tensor) -> bool:
+    """Whether both are changed alike. The change may be small beside ``plain``, whose rounding is in either."""
+    if found.shape != expected.shape:
+        return False
+    change, rest, size = (float(each.double().norm()) for each in (expected - plain, found - expected, plain))
+    rounding = _ROUNDING.get(plain.dtype, torch.finfo(plain.dtype).eps)
+    return rest <= _NEAR.get(plain.dtype, 0.1) * change + rounding * size
+
+
+def _perturbed(model: nn.Module, call: Call, *, acts: bool = True, shares: bool = False) -> list[Tensor]:
     trial = Rehearsal(model)
     trial.model.eval()
     if shares:
         share(trial.model)
     perturbed = next(module for module in trial.model.modules() if isinstance(module, Perturbed))
     perturbed.scale = torch.ones((), dtype=torch.float64)
-    _set_layouts(trial.model, perturbed=True)
+    _set_layouts(trial.model, perturbed=acts)
     device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     args, kwargs = with_data(call, device)
     if len(perturbed.latent_of(args, kwargs)) % 2 == 0:

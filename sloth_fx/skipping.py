@@ -30,26 +30,12 @@ from sloth_fx.where import matches
 
 NAME = "sloth_skip"
 _WHOLE = "_sloth_fx_whole_forward"
-_KEPT = frozenset(
-    (
-        *(
-            "to",
-            "type",
-            "type_as",
-            "float",
-            "half",
-            "bfloat16",
-            "contiguous",
-            "clone",
-            "detach",
-            "dropout",
-            "clamp",
-            "clip",
-        ),
-        *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim"),
-        *("nan_to_num", "expand"),
-    )
-)
+_CAST = frozenset({"to", "type", "type_as", "float", "half", "bfloat16"})
+_COPIED = frozenset({"contiguous", "clone", "detach", "dropout", "clamp", "clip", "nan_to_num", "expand"})
+_SHAPED = frozenset({"reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"})
+_MOVED = frozenset({"transpose", "permute", "movedim"})
+_PARTS = frozenset({"split", "split_with_sizes", "getitem", "narrow"})
+_KEPT = _CAST | _COPIED | _SHAPED | _MOVED | _PARTS | {"addcmul"}
 
 Name = int | str
 """An argument of a block: its position, or its name."""
@@ -247,7 +233,7 @@ class _Residuals(TorchFunctionMode):
         if name in ("div", "truediv", "mul"):  # by one: a factor that a host has and does not use
             by_one = len(args) == 2 and isinstance(args[1], (int, float)) and args[1] == 1
             return self._streams.get(id(args[0])) if by_one else None
-        if name in _KEPT or name in ("addcmul", "split", "split_with_sizes", "getitem", "narrow"):
+        if name in _KEPT:
             return self._streams.get(id(args[0])) if args else None
         return None
 

@@ -7,8 +7,8 @@ from torch import nn
 
 import sloth_fx
 from sloth_fx import PAG
+from sloth_fx.call_rows import can_be_picked
 from sloth_fx.capture.objects import HandedOn
-from sloth_fx.perturbed import can_be_picked
 from tests.perturbed_by_hand import attend
 from tests.test_perturbed import BATCH, COND, SCALE, guided, patched, run
 from tests.test_perturbed_uses import call_of_its_own

@@ -23,9 +23,7 @@ from sloth_fx import (
     SlothfulAttention,
     TokenDownsample,
     TokenMerging,
-    self_checks,
 )
-from sloth_fx.branching.rows import ROW_RULES
 from sloth_fx.capture.objects import HandedOn
 from sloth_fx.perturbed import Perturbed
 from tests import foreign, models
@@ -271,23 +269,6 @@ def test_hosts_that_write_in_place(way):
         result = run(found, call)
     torch.testing.assert_close(result, guided(*expected))
     assert (result - expected[0]).abs().max() > 0.01
-
-
-def test_what_is_wrong_where_it_is_shared_is_found_beforehand(monkeypatch):
-    """The sharing goes by rules about torch's functions; a wrong one is seen on the model's own weights."""
-    monkeypatch.setitem(ROW_RULES, "gelu", lambda function, args, kwargs: args[0].with_tensor(args[0].tensor.relu()))
-    model, call = dit(), dit_inputs()
-    found, _ = patched(model, PAG(scale=SCALE), dit_inputs(2))
-    assert "a call of its own: one for both gives something else" in sloth_fx.report(found).sites[2].note
-    expected = two_calls(model, call, (2,), itself, batch=BATCH, rows=COND, run=run)
-    with torch.no_grad():
-        torch.testing.assert_close(run(found, call), guided(*expected))
-
-
-def test_what_is_not_tried_beforehand_is_reported(monkeypatch):
-    monkeypatch.setitem(self_checks._DEAREST, "cpu", 1.0)
-    found, _ = patched(dit(), PAG(scale=SCALE), dit_inputs(2))
-    assert "computed once, not tried beforehand: the example is large" in sloth_fx.report(found).sites[2].note
 
 
 @pytest.mark.parametrize("rows", [("uncond", "cond"), ("cond",)])
