@@ -339,10 +339,11 @@ def latents(batch=2, seed=3, rows=ROWS, columns=COLUMNS):
 
 
 class CFGGuider:
-    """Classifier-free guidance with one scale for the whole run."""
+    """Classifier-free guidance with one scale for the whole run, as long as which it lives."""
 
     def __init__(self, patched, cfg, **conds):
         self.model_options, self.cfg, self.conds = patched.model_options, cfg, conds
+        patched.guider = self
 
     def predict_noise(self):
         """Its name is what tells that it is this one."""
@@ -361,14 +362,14 @@ def start(guider):
     return note(Executor())
 
 
-def call(patched, x, sigma, sigmas, groups=(0,), beside=()):
-    """One call of a loaded model for some groups of conditioning, as a sampler makes it; ``beside`` are those that have
+def call(patched, x, sigma, sigmas, groups=(0,), beside=(), texts=(POSITIVE, NEGATIVE)):
+    """One call of a loaded model for some groups of ``texts``, as a sampler makes it; ``beside`` are those that have
     calls of their own."""
-    conds = [each if group in (*groups, *beside) else None for group, each in enumerate((POSITIVE, NEGATIVE))]
+    conds = [each if group in (*groups, *beside) else None for group, each in enumerate(texts)]
     wrappers = patched.model_options["transformer_options"].get("wrappers", {}).get("calc_cond_batch", {})
     for note in (each for notes in wrappers.values() for each in notes):
         note(lambda *args, **kwargs: None, patched.model, conds, x, sigma, patched.model_options)
-    texts = [(POSITIVE, NEGATIVE)[group][0][0].expand(len(x), -1, -1) for group in groups]
+    texts = [texts[group][0][0].expand(len(x), -1, -1) for group in groups]
     options = {
         **copy.deepcopy(patched.model_options["transformer_options"]),
         "sigmas": torch.full((len(x),), sigma),

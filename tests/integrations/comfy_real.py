@@ -165,6 +165,19 @@ def sample(comfy, patcher, shape, *, cfg=3.0, sampler="euler", scheduler="normal
     return comfy.sample.sample(*given, seed=3, disable_pbar=True)
 
 
+@torch.no_grad()
+def called(patcher, shape, text=None, **options):
+    """What the model of a loaded patcher predicts, at the timestep 601 of Stable Diffusion."""
+    x = same_noise(shape)
+    sigma = patcher.model.model_sampling.sigmas[601].expand(len(x))
+    options |= {**patcher.model_options["transformer_options"], "sigmas": sigma, "cond_or_uncond": [0]}
+    text = conditioning(1)[0][0].expand(len(x), -1, -1) if text is None else text
+    given = {"c_crossattn": text, "transformer_options": options}
+    if type(patcher.model).__name__ in ("SD3", "Flux"):
+        given["y"] = conditioning(1)[0][1]["pooled_output"].expand(len(x), -1)
+    return patcher.model.apply_model(x, sigma, **given)
+
+
 # Guidance by hand: an explicit second call of the model, after classifier-free guidance
 
 

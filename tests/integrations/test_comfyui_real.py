@@ -8,8 +8,7 @@ from sloth_fx.bind import Variants
 from sloth_fx.errors import SlothError
 from sloth_fx.integrations.comfy import patching
 from sloth_fx.integrations.comfy.patching import patch_model, report_of
-from sloth_fx.patch import patch_of
-from tests.integrations.comfy_real import MODELS, ONLY_THERE, TEXT, UNET, conditioning, made, same_noise, sample
+from tests.integrations.comfy_real import MODELS, ONLY_THERE, called, conditioning, made, sample
 from tests.two_branches import in_order, in_step, joint
 
 pytestmark = ONLY_THERE
@@ -89,60 +88,6 @@ def test_lora_and_lowvram(comfy):
         results.append(called(after, shape))
         after.unpatch_model(torch.device("cpu"))
     torch.testing.assert_close(*results)
-
-
-@torch.no_grad()
-def called(patcher, shape, text=None, **options):
-    """What the model of a loaded patcher predicts, at the timestep 601 of Stable Diffusion."""
-    x = same_noise(shape)
-    sigma = patcher.model.model_sampling.sigmas[601].expand(len(x))
-    options |= {**patcher.model_options["transformer_options"], "sigmas": sigma, "cond_or_uncond": [0]}
-    text = conditioning(1)[0][0].expand(len(x), -1, -1) if text is None else text
-    given = {"c_crossattn": text, "transformer_options": options}
-    if type(patcher.model).__name__ in ("SD3", "Flux"):
-        given["y"] = conditioning(1)[0][1]["pooled_output"].expand(len(x), -1)
-    return patcher.model.apply_model(x, sigma, **given)
-
-
-TWINS = {
-    "tiles": sloth_fx.NearSightedAttention(base_tile_size=8, peak_tile_size=10),
-    "PAG": sloth_fx.PAG(),
-    "SAG": sloth_fx.SAG(),
-}
-
-
-@pytest.mark.parametrize("kind", TWINS)
-@torch.no_grad()
-def test_the_twin_of_diffusers(comfy, kind):
-    """The same weights in diffusers' UNet, with the same spec at the same moment: the same numbers."""
-    diffusers = pytest.importorskip("diffusers")
-    patcher, shape = made(comfy, "unet")
-    twin = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        layers_per_block=1,
-        cross_attention_dim=TEXT,
-        attention_head_dim=4,
-    ).eval()
-    names = comfy.utils.unet_to_diffusers({**UNET, "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4})
-    weights = patcher.model.diffusion_model.state_dict()
-    twin.load_state_dict({name: weights[names[name]] for name in twin.state_dict()})
-    patched = patch_model(patcher, [TWINS[kind]])
-    patched.patch_model()
-    found = called(patched, shape)
-    moment = patch_of(patched.object_patches["diffusion_model"]).context.moment
-    patched.unpatch_model()
-    assert (found - called(patcher, shape)).abs().max() > 1e-2
-    twin = sloth_fx.transform(twin, TWINS[kind])
-    context = sloth_fx.context(twin)
-    context.at(moment.progress, moment.sigma)
-    context.prediction = "epsilon"
-    x, sigma = same_noise(shape), moment.sigma
-    text = conditioning(1)[0][0].expand(len(x), -1, -1)
-    noise = twin(x / (sigma**2 + 1) ** 0.5, 601, encoder_hidden_states=text).sample
-    torch.testing.assert_close(found, x - sigma * noise, rtol=1e-4, atol=1e-4)
-    assert moment.progress == pytest.approx(0.399)
 
 
 def test_the_queue_again(comfy, monkeypatch):

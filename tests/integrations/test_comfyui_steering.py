@@ -451,9 +451,26 @@ def test_models_can_be_freed():
 
 def test_few_transforms_are_kept():
     base = patcher()
-    found = [model_of(patch_model(base, [sloth_fx.HyperTile(tile_size=40, seed=seed)])) for seed in range(6)]
-    assert model_of(patch_model(base, [sloth_fx.HyperTile(tile_size=40, seed=5)])) is found[5]
+    found = [model_of(patch_model(base, [sloth_fx.HyperTile(tile_size=40, seed=seed)])) for seed in range(13)]
+    assert model_of(patch_model(base, [sloth_fx.HyperTile(tile_size=40, seed=12)])) is found[12]
     assert model_of(patch_model(base, [sloth_fx.HyperTile(tile_size=40, seed=0)])) is not found[0]
+
+
+def test_a_long_chain_is_transformed_once(monkeypatch):
+    """Each of its nodes has a transform, of itself and those before; ComfyUI may execute all of them for each run."""
+    base = patcher()
+    places = "input_blocks.1", "middle_block", "output_blocks.0", "output_blocks.1"
+    nodes = [sloth_fx.TokenDownsample(factors=(2, 2), where=f"{place}.*.attn1") for place in places]
+
+    def chained():
+        last = base
+        for each in nodes:
+            last = patch_model(last, [each])
+        return patch_model(last, [sloth_fx.NAG()], negative=NEGATIVE)
+
+    first = model_of(chained())
+    monkeypatch.setattr(patching, "transform", None)
+    assert model_of(chained()) is first
 
 
 # Weights

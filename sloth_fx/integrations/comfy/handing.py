@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,42 +20,45 @@ class Handing:
     """Makes options that are no part of a call of those that ComfyUI gives."""
 
     def __init__(self) -> None:
-        self._adapted: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # another one is a new graph
+        self._adapted: dict[Callable[..., Any], Callable[..., Any]] = {}  # of the last call; another one is a new graph
 
     def options(self, given: Mapping[str, Any]) -> HandedOn:
         """What ``given`` holds. Wrappers around the forward of the model, which may ask for a ``dict``, get one."""
         wrappers = given.get("wrappers") or {}
         if wrappers.get(_WRAPPERS):
-            mine = {key: list(map(self._with_dicts, each)) for key, each in wrappers[_WRAPPERS].items()}
+            known, self._adapted = self._adapted, {}
+            mine = {key: [self._with_dicts(each, known) for each in some] for key, some in wrappers[_WRAPPERS].items()}
             given = {**given, "wrappers": {**wrappers, _WRAPPERS: mine}}
         return _handed(given)
 
-    def _with_dicts(self, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_dicts(self, wrapper: Callable[..., Any], known: Mapping[Any, Any]) -> Callable[..., Any]:
         try:
-            known = self._adapted.get(wrapper)
-            if known is None:
-                known = self._adapted[wrapper] = functools.partial(_call_with_dicts, wrapper)
-            return known
+            found = known.get(wrapper)
         except TypeError:  # it cannot be remembered
             return functools.partial(_call_with_dicts, wrapper)
+        self._adapted[wrapper] = found if found is not None else functools.partial(_call_with_dicts, wrapper)
+        return self._adapted[wrapper]
 
 
 def _handed(options: Mapping[str, Any]) -> HandedOn:
     handed = HandedOn(options)
-    handed.of_groups = functools.partial(_of_groups, dict(options))
+    others = [
+        uuid.uuid5(each, "perturbed") for each in options.get("uuids") or ()
+    ]  # now, for within a graph it is a break
+    handed.of_groups = functools.partial(_of_groups, dict(options), others)
     return handed
 
 
-def _of_groups(options: Mapping[str, Any], groups: Groups) -> HandedOn:
+def _of_groups(options: Mapping[str, Any], uuids: Sequence[Any], groups: Groups) -> HandedOn:
     """The options of a further call, of some groups of the batch: IP-Adapter and its like find the rows of the positive
     by ``cond_or_uncond``. Caches keep what was predicted for each of ``uuids``, so these are others."""
     there = [index for index, asked in enumerate(groups) if asked]
     kept: dict[str, Any] = {}
     if len(options.get("cond_or_uncond") or ()) == len(groups):
         kept["cond_or_uncond"] = [options["cond_or_uncond"][index] for index in there]
-    if len(options.get("uuids") or ()) == len(groups):
-        kept["uuids"] = [uuid.uuid5(options["uuids"][index], "perturbed") for index in there]
-    return _handed({**options, **kept})
+    if len(uuids) == len(groups):
+        kept["uuids"] = [uuids[index] for index in there]
+    return HandedOn({**options, **kept})
 
 
 def _call_with_dicts(wrapper: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,9 @@ from sloth_fx.errors import SlothError
 
 KEY = "sloth_fx"
 """Under which ``transformer_options`` hold a :class:`Source`."""
+
+_ROLES = {"positive": "cond", "negative": "uncond"}
+_PLACES = ("cond", "uncond")  # in the lists of ComfyUI's own sampling
 
 
 class Source:
@@ -28,8 +32,11 @@ class Source:
         self.perturbs = perturbs
         self.guidance_scale: float | None = None
         """That of the classifier-free guidance of the run, if it is that and no other."""
+        self.roles: tuple[str, ...] = ("cond", "uncond")
+        """What the conditionings of the present calls are, in their order."""
         self.alone = True
-        """Whether what is denoised has one conditioning, so that no guidance takes it."""
+        """Whether there is one conditioning, so that no guidance takes what is predicted."""
+        self._guider: weakref.ref[Any] | None = None
 
     def __deepcopy__(self, memo: Any) -> Source:
         return self
@@ -38,6 +45,11 @@ class Source:
     def base(self) -> Any:
         """The model of the patcher, with the sampling that it has now."""
         return self._base()
+
+    def rows_of(self, numbers: Sequence[int]) -> tuple[str, ...]:
+        """What the rows of a call are, whose ``cond_or_uncond`` holds these numbers."""
+        named = dict(enumerate(self.roles))
+        return tuple(named.get(number, f"group {number}") for number in numbers)
 
     def scale_for(self, rows: Sequence[str]) -> float | None:
         """The scale of the guidance that takes a call with these ``rows``; ``None`` where none does, or where it is not
@@ -52,6 +64,20 @@ class Source:
                 "use CFGGuider or KSampler without another cfg function, or let both texts be one call"
             )
         return self.guidance_scale
+
+    def note_guider(self, guider: Any) -> None:
+        """From now on calls are made by ``guider``."""
+        self._guider = weakref.ref(guider)
+        self.guidance_scale = _scale_of(guider)
+
+    def note_conditionings(self, given: Sequence[Any]) -> None:
+        """Calls with these lists of conditionings are to come. A node may ask for one of the guider's on its own."""
+        guider = self._guider() if self._guider is not None else None
+        own = {id(each): name for name, each in (getattr(guider, "conds", None) or {}).items() if each is not None}
+        names = [_ROLES.get(own.get(id(each), "")) for each in given]
+        self.roles = tuple(name or default for name, default in zip(names, _PLACES, strict=False))
+        there = sum(each is not None for each in given)
+        self.alone = there == 1 and (len(own) < 2 or math.isclose(getattr(guider, "cfg", 1.0), 1.0))
 
 
 def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,16 +96,17 @@ def note_guidance(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 f"{type(guider).__name__} guides by {', '.join(conditionings)}, and which rows of a call are the "
                 "positive's is not known: use CFGGuider, BasicGuider or KSampler with guidance of Sloth FX"
             )
-        source.guidance_scale = _scale_of(guider)
+        source.note_guider(guider)
     return executor(*args, **kwargs)
 
 
 def note_conditionings(executor: Any, model: Any, conds: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-    """A wrapper for ComfyUI's ``calc_cond_batch``: with a cfg of 1, the negative is left out."""
+    """A wrapper for ComfyUI's ``calc_cond_batch``: with a cfg of 1 the negative is left out, and some nodes ask for one
+    conditioning at a time."""
     options = kwargs.get("model_options", args[-1] if args else {})
     source = options.get("transformer_options", {}).get(KEY)
     if isinstance(source, Source):
-        source.alone = sum(each is not None for each in conds) == 1
+        source.note_conditionings(conds)
     return executor(model, conds, *args, **kwargs)
 
 

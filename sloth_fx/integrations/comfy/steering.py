@@ -17,7 +17,6 @@ from sloth_fx.integrations.comfy.sampling import Run, moment_of, prediction_of, 
 from sloth_fx.integrations.comfy.source import KEY, Source
 from sloth_fx.patch import patch_of
 
-_ROWS = {0: "cond", 1: "uncond"}  # of cond_or_uncond; others are groups of somebody else's
 _ON_BLOCKS = "SLG"  # leaves attention as it is, and whole blocks out
 
 
@@ -59,11 +58,11 @@ class Driver:
         check_modules(model, self._owners)
         check_patches(options, self._acted)
         sampling, sigma, run = source.base.model_sampling, sigma_of(options), self._run.sigmas(options)
-        rows = [_ROWS.get(each, f"group {each}") for each in options.get("cond_or_uncond") or [0]]
+        rows = source.rows_of(options.get("cond_or_uncond") or [0])
         scale = source.scale_for(rows)
         self._context.at(*moment_of(sigma, run, sampling))
         self._context.prediction = prediction_of(sampling)
-        self._context.rows = tuple(rows)
+        self._context.rows = rows
         self._context.guidance_scale = scale
         if source.negative is not None:
             self._tell_negative(source, args, kwargs, first=run is None or run[0] == sigma)
@@ -96,14 +95,28 @@ def negative_arguments(base: Any, negative: Sequence[Any], latent: Tensor, given
         height=rows * 8,
     )
     named = {"context" if name == "c_crossattn" else name: _tensor(cond) for name, cond in made.items()}
-    found = {name: cond for name, cond in named.items() if cond is not None and _is_text(name) and name in given}
+    texts = {name: cond for name, cond in named.items() if cond is not None and _is_text(name)}
+    found = {name: cond for name, cond in texts.items() if given.get(name) is not None}
     if "context" not in found:
         raise SlothError("the negative of NAG makes no context for this model: it does not read text by attention")
+    hiding = [name for name, cond in texts.items() if name not in found and "mask" in name and _hides(cond)]
+    if hiding:
+        raise SlothError(
+            f"the negative of NAG hides some of its tokens by {hiding[0]}, and the positive has none of that: encode "
+            "both in the same way, without padding"
+        )
     return {name: _cast(cond, latent) for name, cond in found.items()}
 
 
 def _is_text(name: str) -> bool:
-    return name == "context" or name.endswith("attention_mask") or name.startswith("encoder_hidden_states")
+    masks = ("attention_mask", "text_embedding_mask")
+    return name == "context" or name.startswith("encoder_hidden_states") or any(each in name for each in masks)
+
+
+def _hides(mask: Tensor) -> bool:
+    """By zeros; or by negative numbers, where it is added to scores."""
+    added = mask.is_floating_point() and not (mask > 0).any()
+    return bool((mask < 0).any()) if added else not mask.all()
 
 
 def _tensor(cond: Any) -> Tensor | None:
