@@ -13,10 +13,9 @@ from sloth_fx.branching import NoImageError, TellImages, UnwritableError, run_ap
 from sloth_fx.capture.capture import Call
 from sloth_fx.capture.skeleton import Rehearsal, Skeleton, with_data
 from sloth_fx.errors import SlothError
+from sloth_fx.layouts import has_layouts, set_layouts
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Original, batch_of
-from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.one_image import BranchedAttention, GuidedResult, SharedImage
 
 
 def check_widens(original: Original, arguments: Arguments, call: Call) -> None:
@@ -78,10 +77,7 @@ def why_not_shared(model: nn.Module, call: Call) -> str | None:
 def _why_not(trial: Skeleton | Rehearsal, call: Call) -> tuple[str | None, bool]:
     """What is raised where ``trial`` runs on a call in two branches, and whether that is for want of data."""
     share(trial.model)
-    for module in trial.model.modules():
-        layout = getattr(module, "layout", None)
-        if isinstance(layout, KeyLayout):
-            module.__dict__["layout"] = layout._replace(guided=True)
+    set_layouts(trial.model, guided=True)
     branches = branches_of(trial.model)
     branches.reads = isinstance(trial, Rehearsal)
     text = [id(each) for each in branches.arguments.text(*call).values()]
@@ -95,7 +91,7 @@ def _why_not(trial: Skeleton | Rehearsal, call: Call) -> tuple[str | None, bool]
                 trial.model(*call[0], **call[1])
             return _mistaken(trial, call), False
         except Exception as error:  # whatever the host's Python does with what stands for a tensor
-            cause = error.__cause__ or error
+            cause = _cause(error)
             apart = _innermost(trial.model, cause) if branches.reads else None
             if apart is None or apart in branches.apart:
                 reason = str(cause).strip().splitlines()
@@ -115,21 +111,20 @@ def _mistaken(trial: Skeleton | Rehearsal, call: Call) -> str | None:
     try:
         with trial.running(), TellImages(trial.model):
             trial.model(*call[0], **call[1])
-    except NoImageError as error:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # not all of it can differ
-        return None
+    except Exception as error:  # not all of it can differ
+        cause = _cause(error)
+        return f"{type(cause).__name__}: {cause}" if isinstance(cause, NoImageError) else None
     return None
 
 
+def _cause(error: Exception) -> BaseException:
+    """What was raised in the host's Python; users are told of it in other words."""
+    return error.__cause__ or error
+
+
 def _innermost(model: nn.Module, error: BaseException) -> str | None:
-    """The innermost module that raised an error, of those in which no image reads text."""
-    names = {id(module): name for name, module in model.named_modules() if not _guides(module)}
+    """The innermost module that raised an error, of those in which nothing is done: no image reads text there."""
+    names = {id(module): name for name, module in model.named_modules() if not has_layouts(module)}
     frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
     found = [names[id(each)] for each in frames if id(each) in names]
     return found[-1] if found else None
-
-
-def _guides(module: nn.Module) -> bool:
-    kinds = (Branches, SharedImage, GuidedResult, BranchedAttention)
-    return any(isinstance(each, kinds) for each in module.modules())

@@ -23,6 +23,7 @@ from sloth_fx.branching import (
     run_apart,
     take_lengths,
     tell_einops,
+    times_written,
 )
 from sloth_fx.capture.capture import Call
 from sloth_fx.dynamo import outside_graphs
@@ -63,6 +64,7 @@ class Branches(nn.Module):
         self.apart: list[str] = []  # modules in which it does so
         self.located: dict[str, int] = {}  # the tokens of the text when the sites were located
         self.done: Any = None
+        self.compared: dict[str, tuple[Tensor, int | None]] = {}  # what calls gave, and how often it was written into
         self.as_python = outside_graphs(_differing)
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
@@ -75,10 +77,11 @@ class Branches(nn.Module):
         """Make the negative text fit calls like this one."""
         given = self.original.labelled(call)
         state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
-        if state == self.done:
+        if state == self.done and self._as_compared(given):
             return
         if not self.shares:
             check_rows(self.arguments, call)
+        texts = [id(each) for each in self.arguments.text(*call).values()]
         batch = batch_of(self.arguments, call, len(rows))
         listed = negative.listed(given, batch) if self.shares else {}
         unknown = [name for name in negative.tensors if name not in given]
@@ -86,19 +89,28 @@ class Branches(nn.Module):
             raise SlothError(
                 f"the negative text has {', '.join(unknown)}, which this call of the model does not: give both or none"
             )
-        found = {}
+        found, compared = {}, {}
         for name in {**negative.tensors, **listed}:
             text = given[name]
             own = listed[name] if name in listed else negative.rows(name, text, len(rows), batch)
             alone = text.ndim == 0 or text.shape[0] != batch  # the same for all rows
-            if self.shares and not (alone and own.shape == text.shape and torch.equal(own, text)):
+            if alone and own.shape == text.shape and id(text) not in texts:  # such as ids, with which the image's go
+                compared[name] = text, times_written(text)
+                if torch.equal(own, text):
+                    continue
+            if self.shares:
                 found[name] = _checked_length(name, own, text)
             elif own.shape != text.shape:
                 raise SlothError(
                     f"the negative {name} has {own.shape[1]} tokens and the other {text.shape[1]}: they pass "
                     "this model side by side, so pad them to the same length"
                 )
-            elif not self.shares and not alone:
+            elif alone:
+                raise SlothError(
+                    f"the negative {name} {tuple(own.shape)} differs from that of this call: they pass this model side "
+                    f"by side, so give {name} for each of the {batch} rows of the batch"
+                )
+            else:
                 found[name] = picked(own, rows, batch)
         self.lengths = [
             f"{name} {tuple(given[name].shape)}, {tuple(own.shape)}"
@@ -112,7 +124,14 @@ class Branches(nn.Module):
             if isinstance(module, (SharedImage, GuidedResult)):
                 module.shares = self.pairs
                 module.longer = self._longer(module.beside, given, found)
-        self.negative, self.batch, self.done = found, batch, state
+        self.negative, self.batch, self.done, self.compared = found, batch, state, compared
+
+    def _as_compared(self, given: dict[str, Tensor]) -> bool:
+        """Whether a call gives the very tensors that were compared, as they were then; to read others takes time."""
+        return all(
+            given[name] is text and count is not None and times_written(text) == count
+            for name, (text, count) in self.compared.items()
+        )
 
     def _longer(self, beside: BesideText | None, given: dict[str, Tensor], negative: dict[str, Tensor]) -> Any:
         """By how many tokens the texts beside an image are longer than they were; ``None`` where that is not known."""

@@ -119,7 +119,7 @@ class Original:
 class _Slice:
     """What gives keys and values for calls of one ``pattern``, and arguments of these ``sizes`` by name.
 
-    ``None`` stands for any size: where the slice holds none, and where it came out the same for two.
+    ``None`` stands for any size: where the slice holds none, and where it came out the same for three.
     """
 
     pattern: Any
@@ -195,9 +195,29 @@ class NegativeKeys:
         free = [] if found.shapes is not None else [name for name in sizes if name not in own]
         new = _Slice(pattern, {**sizes, **{name: (None,) * len(sizes[name]) for name in free}}, found)
         twins = [known for known in alike if _same(known.found, found)]
-        self.slices = [known for known in self.slices if known not in twins]
-        self.slices.append(functools.reduce(_Slice.with_sizes_of, twins, new))
+        merged = functools.reduce(_Slice.with_sizes_of, twins, new)
+        if twins and self._same_at_a_third_size(call, own, new, merged):
+            self.slices = [known for known in self.slices if known not in twins]
+            new = merged
+        self.slices.append(new)
         return found
+
+    def _same_at_a_third_size(self, call: Call, own: Mapping[str, Tensor], known: _Slice, merged: _Slice) -> bool:
+        """Whether a slice that came out the same for two numbers of tokens does so for another too. Two may agree by
+        chance: where Python looks a number up in a list, nobody is asked for it."""
+        other = {}
+        for name, tensor in own.items():
+            for axis in range(1, tensor.ndim):
+                if merged.sizes[name][axis] is None:
+                    tokens = 2 * tensor.shape[axis] + 3
+                    tensor = torch.cat([tensor] * 5, axis).narrow(axis, 0, tokens)
+            other[name] = tensor
+        labels = iter(self.original.labelled(call))
+        try:
+            third, _ = self.original.slice(substitute(call, lambda each: other.get(next(labels), each)), list(own))
+        except SlothError:
+            return False
+        return _same(third, known.found)
 
 
 def batch_of(arguments: Arguments, call: Call, groups: int) -> int:

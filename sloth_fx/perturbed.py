@@ -21,6 +21,7 @@ from sloth_fx.call_rows import can_be_picked, has_batch, picked
 from sloth_fx.capture.capture import Call
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
+from sloth_fx.layouts import set_layouts
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.nested import copied, leaves, mapped
 from sloth_fx.operators import KeyLayout
@@ -208,10 +209,7 @@ def why_not_shared(model: nn.Module, call: Call) -> str | None:
     """
     skeleton = Skeleton(model)
     args, kwargs = skeleton.fake_inputs(call)
-    for module in skeleton.model.modules():
-        layout = getattr(module, "layout", None)
-        if isinstance(layout, KeyLayout):
-            module.__dict__["layout"] = layout._replace(perturbed=True)
+    set_layouts(skeleton.model, perturbed=True)
     share(skeleton.model)
     with skeleton.running():
         try:

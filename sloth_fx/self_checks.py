@@ -20,6 +20,7 @@ from sloth_fx.capture.capture import Call
 from sloth_fx.capture.skeleton import Rehearsal, with_data
 from sloth_fx.errors import SlothError
 from sloth_fx.guidance_specs import NAG
+from sloth_fx.layouts import set_layouts
 from sloth_fx.negative import Negative
 from sloth_fx.operators import KeyLayout
 from sloth_fx.passes.one_image import GuidedResult
@@ -98,7 +99,7 @@ def _perturbed(model: nn.Module, call: Call, *, acts: bool = True, shares: bool 
         share(trial.model)
     perturbed = next(module for module in trial.model.modules() if isinstance(module, Perturbed))
     perturbed.scale = torch.ones((), dtype=torch.float64)
-    _set_layouts(trial.model, perturbed=acts)
+    set_layouts(trial.model, perturbed=acts)
     device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     args, kwargs = with_data(call, device)
     if len(perturbed.latent_of(args, kwargs)) % 2 == 0:
@@ -117,7 +118,7 @@ def _check(model: nn.Module, call: Call) -> str | None:
     given = branches.original.labelled(call)
     own = {name: each for name, each in given.items() if id(each) in text}
 
-    _set_layouts(model, guided=False)
+    set_layouts(model, guided=False)
     try:
         base = _floats(model(*call[0], **call[1]))
     except Exception as error:  # half precision on a CPU, say
@@ -125,7 +126,7 @@ def _check(model: nn.Module, call: Call) -> str | None:
     if not all(each.isfinite().all() for each in base):
         return "what it gives is not finite"
 
-    _set_layouts(model, guided=True)
+    set_layouts(model, guided=True)
     others = {name: _other(each) for name, each in own.items()}
     found, reads = _guided(model, call, others, _NOTHING)
     name = type(model).__name__
@@ -193,13 +194,6 @@ def _guided(model: nn.Module, call: Call, text: dict[str, Tensor], spec: NAG) ->
     for hook in hooks:
         hook.remove()
     return found, any(seen)
-
-
-def _set_layouts(model: nn.Module, **changes: Any) -> None:
-    for module in model.modules():
-        layout = getattr(module, "layout", None)
-        if isinstance(layout, KeyLayout):
-            module.__dict__["layout"] = layout._replace(**changes)
 
 
 def _other(text: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from sloth_fx.branching.attention import Read, attend_apart, attend_branches
 from sloth_fx.branching.branched import Branched
 from sloth_fx.branching.einops import tell_einops
 from sloth_fx.branching.images import NoImageError, TellImages
-from sloth_fx.branching.in_place import UnwritableError
+from sloth_fx.branching.in_place import UnwritableError, times_written
 from sloth_fx.branching.lengths import Length, both, comparable
 from sloth_fx.branching.mode import TwoLengths, calls_of, run_apart, take_lengths
 from sloth_fx.branching.rows import Asks, Groups, Rows, apart, by_rows, each_row, parted, picked_groups, rows_in
@@ -39,5 +39,6 @@ __all__ = [
     "run_apart",
     "take_lengths",
     "tell_einops",
+    "times_written",
     "together",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from sloth_fx.branching.branched import Branched
+from sloth_fx.branching.in_place import times_written
 from sloth_fx.branching.values import Pair, Part, Tokens, narrowed, of
 from sloth_fx.operators import Attend, attention_with_lse, merge_attention
 
@@ -45,10 +46,10 @@ def attend_branches(
     first: Any = 0
     for part in query.parts if isinstance(query, Tokens) else [query]:
         hides = mask if mask is None or mask.shape[-2] == 1 else narrowed(mask, mask.ndim - 2, first, part.shape[-2])
-        first = first + part.shape[-2]
         alike = None
         if isinstance(part, Tensor) and shared and own:
-            alike = _hidden_in_both(mask, hides, key, shared)
+            alike = _hidden_in_both(mask, hides, first, key, shared)
+        first = first + part.shape[-2]
         if alike is None or not isinstance(part, Tensor):
             found.append(_read_by(part, _each(attend, part, key, value, hides, options)))
             continue
@@ -90,9 +91,9 @@ def _read_by(query: Any, read: Pair) -> Pair:
     return Read(read.positive, read.negative) if isinstance(query, Tensor) else read
 
 
-def _hidden_in_both(mask: Any, hides: Any, key: Tokens, parts: list[int]) -> tuple[Tensor | None] | None:
+def _hidden_in_both(mask: Any, hides: Any, first: Any, key: Tokens, parts: list[int]) -> tuple[Tensor | None] | None:
     """What of some parts of the keys is hidden in both branches alike: a mask, or nothing. ``None`` if that is not so,
-    or cannot be known because there is no data. ``hides`` is the ``mask`` for some queries."""
+    or cannot be known because there is no data. ``hides`` is the ``mask`` for some queries, from the ``first`` on."""
     if mask is None:
         return (None,)
     if mask.ndim != 4 or mask.shape[-1] != key.shape[-2]:
@@ -104,12 +105,20 @@ def _hidden_in_both(mask: Any, hides: Any, key: Tokens, parts: list[int]) -> tup
         in_parts = isinstance(mask, Tokens) and mask.axis == 3 and mask.sizes == key.sizes
         return (one,) if in_parts and all(isinstance(mask.parts[index], Tensor) for index in parts) else None
     known = vars(mask).setdefault("hidden", {})  # the same at all sites, and reading it waits for the device
-    at = repr((hides.shape, key.sizes, parts))
-    if at not in known:
+    written = _times_written(mask)
+    at = repr((first, hides.shape, key.sizes, parts, written))
+    if written is None or at not in known:
         nothing = bool((one if one.dtype == torch.bool else one == 0).all())
         known[at] = (None if nothing else one,) if torch.equal(one, other) else None
     found: tuple[Tensor | None] | None = known[at]
     return found
+
+
+def _times_written(mask: Any) -> list[int | None] | None:
+    """How often each tensor of a mask was written into; ``None`` where torch does not know."""
+    parts = mask.parts if isinstance(mask, Tokens) else [mask]
+    counts = [times_written(of(part, branch)) for part in parts for branch in range(2)]
+    return None if None in counts else counts
 
 
 def _columns(mask: Any, key: Tokens, parts: list[int], branch: int) -> Any:

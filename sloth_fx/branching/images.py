@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,13 +19,13 @@ class NoImageError(TypeError):
     """What certainly is no image would be taken for one."""
 
 
-_OTHERS: list[Any] = []
-"""Of each trial that runs: the tensors that are no image."""
+_OTHERS: ContextVar[tuple[Any, ...]] = ContextVar("_OTHERS", default=())
+"""Of each trial that runs, on this thread: the tensors that are no image."""
 
 
 def is_no_image(tensor: Tensor) -> bool:
     """Whether a tensor was made of learned tensors and numbers alone; known in a trial, and else it may be an image."""
-    return any(tensor in others for others in _OTHERS)
+    return not torch.compiler.is_compiling() and any(tensor in others for others in _OTHERS.get())
 
 
 class TellImages(TorchFunctionMode):
@@ -34,13 +36,13 @@ class TellImages(TorchFunctionMode):
         self.others: Any = WeakTensorKeyDictionary(dict.fromkeys((*model.parameters(), *model.buffers()), True))
 
     def __enter__(self) -> TellImages:
-        _OTHERS.append(self.others)
+        _OTHERS.set((*_OTHERS.get(), self.others))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _OTHERS.pop()
+        _OTHERS.set(_OTHERS.get()[:-1])
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,6 +54,6 @@ class TellImages(TorchFunctionMode):
         given = [each for each in leaves((args, kwargs)) if isinstance(each, Tensor)]
         if all(each in self.others for each in given):
             self.others.update((each, True) for each in leaves(found) if isinstance(each, Tensor))
-        elif writes(function) or name_of(function) == "setitem":
+        elif writes(function, kwargs) or name_of(function) == "setitem":
             self.others.pop(args[0], None)
         return found

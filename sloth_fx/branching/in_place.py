@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 IN_PLACE = {
     **{f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul", "pow")},
@@ -21,7 +24,15 @@ class UnwritableError(RuntimeError):
     """
 
 
-def writes(function: Any) -> bool:
-    """Whether a function writes into its first argument; other than by an index."""
+def writes(function: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function called with ``kwargs`` writes into its first argument; other than by an index."""
     name = str(getattr(function, "__name__", "")).partition(".")[0]  # an operation's overload behind it
+    if kwargs.get("inplace"):  # torch names it, also where the host does not
+        return True
     return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def times_written(tensor: Tensor) -> int | None:
+    """How often a tensor, or what looks at the same data, was written into; ``None`` where torch does not count: in
+    inference mode."""
+    return None if tensor.is_inference() else tensor._version

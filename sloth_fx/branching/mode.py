@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from sloth_fx.branching.lengths import Length
 from sloth_fx.branching.values import OfTexts, Pair, apply, of, paired
+
+_TOGETHER = "_sloth_fx_forward_of_both"
 
 
 class TwoLengths(TorchFunctionMode):
@@ -35,24 +39,28 @@ def take_lengths(model: nn.Module) -> None:
 
 
 def run_apart(module: nn.Module) -> None:
-    """From now on ``module``, in which no image reads text, is called once for each branch."""
-    module.forward = types.MethodType(_forward_apart, module)
+    """From now on ``module``, in which no image reads text, is called once for each branch; with the forward that it
+    has by now, which need not be that of its class."""
+    if _TOGETHER in module.__dict__:
+        return
+    slot = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook wraps what lies there
+    module.__dict__[_TOGETHER] = module.__dict__.get(slot)
+    setattr(module, slot, types.MethodType(_forward_apart, module))
 
 
 def _forward_apart(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not _holds((args, kwargs), (OfTexts, Length)):
-        return type(self).forward(self, *args, **kwargs)
-    return _for_each(self, args, kwargs)
+    own: Callable[..., Any] | None = self.__dict__[_TOGETHER]
+    forward = own if own is not None else functools.partial(type(self).forward, self)
+    return _for_each(forward, args, kwargs) if _holds((args, kwargs), (OfTexts, Length)) else forward(*args, **kwargs)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not _holds((args, kwargs), Length):
-        return type(self).forward(self, *args, **kwargs)
-    return _for_each(self, args, kwargs)
+    forward = functools.partial(type(self).forward, self)
+    return _for_each(forward, args, kwargs) if _holds((args, kwargs), Length) else forward(*args, **kwargs)
 
 
-def _for_each(self: nn.Module, args: Any, kwargs: Any) -> Any:
-    positive, negative = (type(self).forward(self, *of(args, branch), **of(kwargs, branch)) for branch in range(2))
+def _for_each(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    positive, negative = (forward(*of(args, branch), **of(kwargs, branch)) for branch in range(2))
     return _merged(paired(positive, negative))
 
 

@@ -46,7 +46,7 @@ class Rows(Branched):
         kwargs = dict(kwargs)
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
-        into = args[0] if writes(function) else None
+        into = args[0] if writes(function, kwargs) else None
         if into is not None and not isinstance(into, Rows):
             raise UnwritableError(f"{name_of(function)} writes rows of both branches into a plain tensor")
         rule = ROW_RULES.get(name_of(function))

@@ -127,7 +127,7 @@ def apply(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) ->
     for name in ("input", "tensors"):
         if not args and name in kwargs:
             args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
-    if writes(function) or name_of(function) == "setitem":
+    if writes(function, kwargs) or name_of(function) == "setitem":
         return _written(function, args, kwargs)
     if kwargs.get("out") is not None:
         raise UnwritableError(f"{name_of(function)} writes into what is the same in both branches")

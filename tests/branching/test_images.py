@@ -1,5 +1,8 @@
 """In a trial it is known what is no image: a vector of the text modulates nothing else as it does an image."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 from torch import nn
@@ -56,3 +59,28 @@ def test_what_may_be_an_image_is_modulated(name):
     model, image = Model().requires_grad_(False), torch.randn(2, 7, 6)
     with TellImages(model):
         assert isinstance(IMAGES[name](model, image) * (1 + vector()), torch.Tensor)
+
+
+def test_a_trial_knows_nothing_of_those_on_other_threads():
+    """One ends while the other goes on."""
+    model, other = Model(), Model()
+    entered, ended = Event(), Event()
+
+    def short():
+        with TellImages(other):
+            entered.set()
+            assert begun.wait(60)
+        ended.set()
+
+    begun = Event()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(short)
+        assert entered.wait(60)
+        with TellImages(model):
+            assert is_no_image(model.tokens)
+            assert not is_no_image(other.tokens)
+            begun.set()
+            assert ended.wait(60)
+            assert is_no_image(model.tokens)
+        assert not is_no_image(model.tokens)
+        done.result()

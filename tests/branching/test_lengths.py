@@ -3,12 +3,13 @@
 import copy
 import math
 import operator
+import types
 
 import pytest
 import torch
 from torch import nn
 
-from sloth_fx.branching import Length, Pair, Tokens, TwoLengths, take_lengths
+from sloth_fx.branching import Length, Pair, Tokens, TwoLengths, run_apart, take_lengths
 from sloth_fx.branching.lengths import both, bounds
 from sloth_fx.branching.values import of
 
@@ -126,3 +127,34 @@ def test_modules_that_make_positions_are_called_for_each_branch():
     assert [len(each) for each in model[0](torch.ones(7), 4)] == [7, 4]
     again = copy.deepcopy(model)
     assert again[0].forward.__self__ is again[0]
+
+
+class Counting(nn.Module):
+    def forward(self, tokens):
+        return tokens * float(tokens.sum())
+
+
+@pytest.mark.parametrize("slot", ["forward", "_old_forward"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_module_that_is_called_for_each_branch_keeps_its_own_forward(slot, own):
+    """As adapters and offloading give it one; in copies it is that of the copy."""
+    module = Counting()
+    module.factor = 1.0
+    if own:
+        setattr(module, slot, types.MethodType(lambda self, x: self.factor * Counting.forward(self, x), module))
+    if slot == "_old_forward":
+        module.__dict__.setdefault(slot, module.forward)
+        module._hf_hook = None
+        module.forward = types.MethodType(lambda self, x: self._old_forward(x) + 1, module)
+    for _ in range(2):
+        run_apart(module)
+    other = copy.deepcopy(module)
+    other.factor = 3.0
+    text = Pair(*torch.randn(2, 2, 3, 5))
+    for each in (module, other):
+        found = each(text)
+        for branch, tokens in enumerate((text.positive, text.negative)):
+            expected = tokens * tokens.sum() * (each.factor if own else 1.0) + (slot == "_old_forward")
+            torch.testing.assert_close(of(found, branch), expected)
+            torch.testing.assert_close(each(tokens), expected)
+        assert isinstance(getattr(each, slot)(text), Pair)  # what is left when the hook is removed

@@ -74,3 +74,37 @@ def test_a_text_that_is_hidden_as_a_whole():
         found = attend_branches(F.scaled_dot_product_attention, query, key, value, mask)
     for branch in range(2):
         torch.testing.assert_close(of(found, branch), expected(query, key, value, mask, branch))
+
+
+def two_images(hidden):
+    """A text of five tokens, of which some are ``hidden``, an image, and a reference as large that does not see it."""
+    length = 5
+    mask = torch.zeros(BATCH, 1, length + 2 * IMAGE, length + 2 * IMAGE)
+    mask[..., length - hidden : length] = -torch.inf
+    mask[..., length + IMAGE :, length : length + IMAGE] = -torch.inf
+    return mask
+
+
+def test_images_of_one_size_under_a_mask_that_goes_by_queries():
+    query, key, value = (Tokens([Pair(noise(5), noise(5)), noise(IMAGE), noise(IMAGE)], 2) for _ in range(3))
+    mask = Pair(two_images(1), two_images(0))
+    with torch.no_grad():
+        found = attend_branches(F.scaled_dot_product_attention, query, key, value, mask)
+    for branch in range(2):
+        torch.testing.assert_close(of(found, branch), expected(query, key, value, mask, branch))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_mask_that_was_written_into_since(mode, in_parts):
+    with mode():
+        query, key, value, mask = sequence((5, 5)), sequence((5, 5)), sequence((5, 5)), hides((5, 5), rows=2)
+        if in_parts:
+            texts, image = (each[..., :5].clone() for each in (mask.positive, mask.negative)), mask.positive[..., 5:]
+            mask = Tokens([Pair(*texts), image.clone()], 3)
+        for hidden in (slice(5, 7), slice(9, 12)):
+            attend_branches(F.scaled_dot_product_attention, query, key, value, mask)
+            mask[..., hidden] = False
+            found = attend_branches(F.scaled_dot_product_attention, query, key, value, mask)
+            for branch in range(2):
+                torch.testing.assert_close(of(found, branch), expected(query, key, value, mask, branch))

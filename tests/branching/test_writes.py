@@ -78,7 +78,17 @@ def text_alone(text, image):
     return view, image
 
 
-SEEN = (slice_of_image, view_of_image, view_of_text, whole, heads, by_index, piece_of_image, activation, text_alone)
+def activation_of_text(text, image):
+    view = text.view(2, -1)
+    F.relu(text, True)
+    F.threshold(view[:, 2:], 0.5, 0.25, inplace=True)
+    return view, text, image
+
+
+SEEN = (
+    *(slice_of_image, view_of_image, view_of_text, whole, heads, by_index, piece_of_image, activation, text_alone),
+    activation_of_text,
+)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3)], ids=str)
@@ -100,6 +110,9 @@ REFUSED = {
     "a token by index": lambda x, pair: x.__setitem__((slice(None), 0), 1.0),
     "tokens in steps": lambda x, pair: x.__setitem__((slice(None), slice(None, None, 2)), 1.0),
     "along tokens": lambda x, pair: x.cumsum_(1),
+    "an activation of a copy": lambda x, pair: F.relu(x.reshape(-1, 6), inplace=True),
+    "an activation of a copy, by position": lambda x, pair: F.leaky_relu(x.reshape(-1, 6), 0.1, True),
+    "an activation that is not known": lambda x, pair: F.threshold(x, 0.5, 0.25, inplace=True),
     "another shape": lambda x, pair: x.transpose_(1, 2),
     "into the image what differs": lambda x, pair: x.add_(pair.mean((1, 2), keepdim=True)),
     "into the image by index": lambda x, pair: x[:, 5:].add_(pair.mean((1, 2), keepdim=True)),
