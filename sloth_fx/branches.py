@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sloth_fx.branching import (
+    Groups,
     Pair,
     Tokens,
     TwoLengths,
@@ -32,7 +33,7 @@ from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Negative, Original, batch_of
 from sloth_fx.nested import leaves
 from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.conditioned import Rows, picked
+from sloth_fx.passes.conditioned import picked
 from sloth_fx.passes.one_image import BesideText, GuidedResult, SharedImage
 
 NAME = "sloth_branches"
@@ -53,7 +54,7 @@ class Branches(nn.Module):
         self.arguments = arguments
         self.layout = KeyLayout((1, 1))
         self.names = original.positional(1000)
-        self.rows: Rows = (True,)
+        self.rows: Groups = (True,)
         self.alone = False  # the call has no rows but those that are guided: a perturbed one
         self.batch = 0
         self.negative: dict[str, Tensor] = {}  # by name; no state of the model
@@ -70,10 +71,10 @@ class Branches(nn.Module):
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
 
-    def set_rows(self, rows: Rows) -> None:
+    def set_rows(self, rows: Groups) -> None:
         self.rows = rows
 
-    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None:
+    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Groups) -> None:
         """Make the negative text fit calls like this one."""
         given = self.original.labelled(call)
         state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
@@ -195,7 +196,7 @@ class Branches(nn.Module):
         """Of each row of the batch, whether it is guided."""
         return [taken for taken in self.rows for _ in range(self.batch // len(self.rows))]
 
-    def _of_call(self) -> tuple[Rows, int]:
+    def _of_call(self) -> tuple[Groups, int]:
         """Which groups of the rows of a call are guided, and how many rows these are in all."""
         return ((True,), self.batch // len(self.rows) * sum(self.rows)) if self.alone else (self.rows, self.batch)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from sloth_fx.branching import Groups
 from sloth_fx.capture.capture import Call
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
 from sloth_fx.negative import Guide, Negative
-from sloth_fx.passes.conditioned import Rows
 
 CONDITIONAL = "cond"
 
@@ -32,7 +32,7 @@ class Conditioning:
     negative: Negative | None = None
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Groups:
         """For each group, whether it is guided."""
         return tuple(name == CONDITIONAL for name in self.names)
 

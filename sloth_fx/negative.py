@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sloth_fx.analysis import TextKeyValues, text_kv
 from sloth_fx.analysis.whole import capture_whole
+from sloth_fx.branching import Groups
 from sloth_fx.capture.call import labelled_tensors, read_call, substitute
 from sloth_fx.capture.capture import Call
 from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.errors import SlothError
 from sloth_fx.model_adapters import Arguments
-from sloth_fx.passes.conditioned import Rows
 from sloth_fx.passes.core import AttentionCore, attention_cores
 from sloth_fx.passes.guide import GuidedAttention
 
@@ -78,7 +78,7 @@ class Negative:
 class Guide(Protocol):
     """Brings the negative text into a model, before each call of it that is guided."""
 
-    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None: ...
+    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Groups) -> None: ...
 
 
 class Original:
@@ -161,7 +161,7 @@ class NegativeKeys:
     slices: list[_Slice] = field(default_factory=list)
     done: Any = None
 
-    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Rows) -> None:
+    def prepare(self, model: nn.Module, call: Call, negative: Negative, rows: Groups) -> None:
         given = self.original.labelled(call)
         state = negative, rows, {name: (each.shape, each.dtype, each.device) for name, each in given.items()}
         if state == self.done:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+from sloth_fx.branching import Groups
 from sloth_fx.errors import SlothError
 from sloth_fx.operators import KeyLayout
-from sloth_fx.passes.conditioned import Rows
 from sloth_fx.phases import Phases
 from sloth_fx.plan import SitePlan, clocks
 from sloth_fx.prediction import Prediction
@@ -31,7 +31,7 @@ class Setting(NamedTuple):
     moment: Moment
     latent: LatentSize
     halves: int
-    rows: Rows
+    rows: Groups
     guidance_scale: float | None
     prediction: Prediction | None
 

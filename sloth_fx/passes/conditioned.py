@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sloth_fx.branching import Groups
 from sloth_fx.errors import SlothError
 from sloth_fx.guidance_specs import NAG
 from sloth_fx.operators import normalized_guidance
 
-Rows = tuple[bool, ...]
-"""For each group of conditioning in the batch, one after another, whether it is guided."""
 
-
-def groups(tensor: Tensor, rows: Rows, site: str) -> Sequence[Tensor]:
+def groups(tensor: Tensor, rows: Groups, site: str) -> Sequence[Tensor]:
     """The batch of ``tensor`` in as many equal parts as there are ``rows``."""
     if tensor.shape[0] % len(rows):
         raise SlothError(
@@ -25,7 +23,7 @@ def groups(tensor: Tensor, rows: Rows, site: str) -> Sequence[Tensor]:
     return tensor.chunk(len(rows))
 
 
-def picked(tensor: Tensor, rows: Rows, batch: int) -> Tensor:
+def picked(tensor: Tensor, rows: Groups, batch: int) -> Tensor:
     """The guided groups of a tensor, as far as it has the rows of the batch."""
     if all(rows) or tensor.shape[0] != batch:
         return tensor
@@ -48,7 +46,7 @@ def guided_by(positive: Tensor, negative: Tensor, guidance: NAG, folded_heads: i
     return guided if folded_heads is None else guided.flatten(0, 1)
 
 
-def guided_groups(rows: Rows) -> list[int]:
+def guided_groups(rows: Groups) -> list[int]:
     return [index for index, taken in enumerate(rows) if taken]
 
 

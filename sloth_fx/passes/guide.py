@@ -20,12 +20,12 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from sloth_fx.branching import apart, by_rows, rows_in
+from sloth_fx.branching import Groups, apart, by_rows, rows_in
 from sloth_fx.errors import SlothError
 from sloth_fx.guidance_specs import NAG
 from sloth_fx.operators import Attend, KeyLayout
 from sloth_fx.passes.causal import causal_name, causal_of
-from sloth_fx.passes.conditioned import Rows, groups, guided_by, picked
+from sloth_fx.passes.conditioned import groups, guided_by, picked
 from sloth_fx.passes.core import AttentionCore
 
 
@@ -44,7 +44,7 @@ class GuidedAttention(nn.Module):
         self.guidance = guidance
         self.layout = layout
         self.folded_heads = folded_heads
-        self.rows: Rows = (True,)
+        self.rows: Groups = (True,)
         self.alone = False
         self.key: Tensor | None = None  # of the negative text, a row for each of the batch; no state of the model
         self.value: Tensor | None = None
@@ -53,7 +53,7 @@ class GuidedAttention(nn.Module):
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
 
-    def set_rows(self, rows: Rows) -> None:
+    def set_rows(self, rows: Groups) -> None:
         self.rows = rows
 
     def set_negative(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
@@ -79,7 +79,7 @@ class GuidedAttention(nn.Module):
         return apart(everywhere, partial(self._guided, (True,)), *given)  # type: ignore[no-any-return]
 
     def _guided(
-        self, taken: Rows, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, object]
+        self, taken: Groups, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, object]
     ) -> Tensor:
         """The result for rows of which some groups are guided: for all of the batch, or for those alone that are."""
         out = self.attend(query, key, value, *([] if mask is None else [mask]), **options)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sloth_fx.branching import Branched, Length, Read, Tokens, attend_branches, positive_of
+from sloth_fx.branching import Branched, Groups, Length, Read, Tokens, attend_branches, positive_of
 from sloth_fx.errors import SlothError
 from sloth_fx.guidance_specs import NAG
 from sloth_fx.operators import Attend, KeyLayout
 from sloth_fx.passes.causal import causal_name
-from sloth_fx.passes.conditioned import Rows, groups, guided_by, guided_groups, with_image
+from sloth_fx.passes.conditioned import groups, guided_by, guided_groups, with_image
 from sloth_fx.site import Place
 
 
@@ -70,18 +70,18 @@ class _Branches(nn.Module):
         self.others = others
         self.beside = beside
         self.longer: Any = None  # than the text was when the image was located; None: nobody knows
-        self.rows: Rows = (True,)
+        self.rows: Groups = (True,)
         self.alone = False
         self.shares = False
 
     def set_layout(self, layout: KeyLayout, halves: int) -> None:
         self.layout = layout
 
-    def set_rows(self, rows: Rows) -> None:
+    def set_rows(self, rows: Groups) -> None:
         self.rows = rows
 
     @property
-    def taken(self) -> Rows:
+    def taken(self) -> Groups:
         """Which groups of the present call are guided."""
         return (True,) if self.alone else self.rows
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sloth_fx.branching import Groups
 from sloth_fx.capture.objects import HandedOn
 
 _WRAPPERS = "diffusion_model"  # around the forward of the model
-
-Groups = tuple[bool, ...]
 
 
 class Handing:
