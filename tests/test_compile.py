@@ -80,13 +80,7 @@ def patched(spec, **options):
 
 
 def patched_unet(spec):
-    """Two levels, of which the first has attention: TorchDynamo takes seconds to trace it."""
-    unet = models.sd15(
-        block_out_channels=(16, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    model = sloth_fx.transform(unet, spec)
+    model = sloth_fx.transform(models.two_levels(), spec)
     return model, sloth_fx.context(model), models.inputs(model, 2, 13, 21)
 
 

@@ -156,7 +156,7 @@ def test_compiled_it_is_one_graph_for_all_steps(spec, way):
 def test_compiled_unet_has_a_graph_with_and_one_without():
     torch._dynamo.reset()
     dynamo.counters.clear()
-    model = models.shared("sd15")
+    model = models.shared("two_levels")
     call = models.inputs(model, batch=BATCH, timestep=torch.tensor(500))
     found, context = patched(model, PAG(scale=SCALE, stop=0.5), models.inputs(model, timestep=torch.tensor(500)))
     compiled = torch.compile(found, fullgraph=True, backend="eager", dynamic=False)

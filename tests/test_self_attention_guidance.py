@@ -21,16 +21,11 @@ from tests.perturbed_by_hand import exchanged
 LATENT = (13, 21)
 MIDDLE = (7, 11)
 TEXT = 6
-TWO_LEVELS = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
 MIDDLE_SITE = 2  # the third attention that runs, after both of the only block above
 
 
 def unet(**changes: Any) -> Any:
-    return models.sd15(**TWO_LEVELS, **changes).double()
+    return models.two_levels(**changes).double()
 
 
 def given(batch: int = 4, timestep: float = 500.0) -> dict[str, Any]:

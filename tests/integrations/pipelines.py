@@ -34,12 +34,6 @@ numpy_warning = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning") 
 HEIGHT, WIDTH = 13 * 8, 21 * 8
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = {**BETAS, "clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}
-ONE_LEVEL = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "mid_block_type": "UNetMidBlock2D",
-}
 
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -76,7 +70,7 @@ def _sd(kind: Any, unet: nn.Module | None = None, **parts: Any) -> Any:
             vae=vae(),
             text_encoder=None,
             tokenizer=None,
-            unet=unet if unet is not None else models.sd15(**ONE_LEVEL),
+            unet=unet if unet is not None else models.one_level(),
             scheduler=DDIMScheduler(**DDIM),
             safety_checker=None,
             feature_extractor=None,
@@ -112,11 +106,11 @@ def inpainting() -> tuple[Any, dict[str, Any]]:
     mask[..., 40:90, 30:100] = 1.0
     image = noise(2, 3, HEIGHT, WIDTH, seed=4).clamp(0, 1)
     given = {**text(), "image": image, "mask_image": mask, "height": HEIGHT, "width": WIDTH, "strength": 0.7}
-    return _sd(StableDiffusionInpaintPipeline, models.sd15(**ONE_LEVEL, in_channels=9)), given
+    return _sd(StableDiffusionInpaintPipeline, models.one_level(in_channels=9)), given
 
 
 def control() -> tuple[Any, dict[str, Any]]:
-    unet = models.sd15(**ONE_LEVEL)
+    unet = models.one_level()
     controlnet = randomised(
         ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 8, 8), load_weights_from_unet=False)
     )
@@ -237,7 +231,7 @@ def run(pipe: Any, given: dict[str, Any], *, steps: int = 4, **changes: Any) -> 
 def instructions() -> tuple[Any, dict[str, Any]]:
     """An image is edited by a text; both guide."""
     parts = {"image_encoder": None}
-    pipe = _sd(StableDiffusionInstructPix2PixPipeline, models.sd15(**ONE_LEVEL, in_channels=8), **parts)
+    pipe = _sd(StableDiffusionInstructPix2PixPipeline, models.one_level(in_channels=8), **parts)
     return pipe, {**text(), "image": noise(2, 3, HEIGHT, WIDTH, seed=4).clamp(0, 1), "guidance_scale": 3.0}
 
 

@@ -107,7 +107,7 @@ class Stubborn:
 
     def __init__(self, time: int) -> None:
         self.time = time
-        self.transformer, self.transformer_2 = models.sd15(**pipelines.ONE_LEVEL), models.sd15(**pipelines.ONE_LEVEL)
+        self.transformer, self.transformer_2 = models.one_level(), models.one_level()
 
     def __setattr__(self, name: str, value: Any) -> None:
         exchanged = name == "transformer_2" and name in vars(self)
@@ -255,7 +255,7 @@ def test_two_at_once():
 
 def test_what_is_no_pipeline():
     refused(
-        models.sd15(**pipelines.ONE_LEVEL),
+        models.one_level(),
         SPEC,
         "UNet2DConditionModel has no unet and no transformer .*: sloth_fx.transform",
     )

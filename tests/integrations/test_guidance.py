@@ -77,7 +77,7 @@ def test_an_image_and_a_text_that_guide():
 
 def test_a_perturbed_part():
     """Its layers get processors of their own during the run, so the operators have to act on others."""
-    unet = models.sd15(**pipelines.ONE_LEVEL)
+    unet = models.one_level()
     pipe, given = pipelines.sd()
     parts = {name: part for name, part in pipe.components.items() if name != "unet"}
     pipe = diffusers.StableDiffusionPAGPipeline(

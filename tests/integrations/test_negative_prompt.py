@@ -37,7 +37,7 @@ def stable_diffusion(encoders: Any) -> Any:
     plain = CLIPTextModel(encoder.config)
     plain.load_state_dict(encoder.text_model.state_dict())
     pipe, _ = pipelines.sd()
-    unet = models.sd15(**pipelines.ONE_LEVEL, cross_attention_dim=128)
+    unet = models.one_level(cross_attention_dim=128)
     parts = {**pipe.components, "unet": unet, "text_encoder": plain.eval(), "tokenizer": tokenizer}
     return quiet(StableDiffusionPipeline(**parts, requires_safety_checker=False))
 

@@ -30,11 +30,6 @@ from tests.perturbed_by_hand import exchanged, itself
 
 BOUND = 1e-4
 STEPS = 10
-TWO_LEVELS = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
 
 pytestmark = [pipelines.numpy_warning, pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")]
 
@@ -45,7 +40,7 @@ def sd(kind: Any = StableDiffusionPipeline, scheduler: Any = None, **parts: Any)
             vae=vae(),
             text_encoder=None,
             tokenizer=None,
-            unet=models.sd15(**TWO_LEVELS),
+            unet=models.two_levels(),
             scheduler=scheduler if scheduler is not None else DDIMScheduler(**DDIM),
             safety_checker=None,
             feature_extractor=None,

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import sloth_fx
 from sloth_fx import NAG, PAG, SAG, SEG, SLG, SlothError
+from tests import models
 from tests.integrations import pipelines
 from tests.integrations.pipelines import HEIGHT, WIDTH
 from tests.integrations.test_attach import state
-from tests.integrations.test_perturbation import GIVEN, TWO_LEVELS, like, sd
+from tests.integrations.test_perturbation import GIVEN, like, sd
 from tests.integrations.test_uses import image_prompts, lora_weights
 
 SCALE, STEPS = 2.0, 2
@@ -37,7 +38,7 @@ pytestmark = [pipelines.numpy_warning, pytest.mark.filterwarnings("ignore:.*is d
 
 def with_lora() -> tuple[Any, dict[str, Any]]:
     pipe = sd()
-    pipe.load_lora_weights(lora_weights(TWO_LEVELS), adapter_name="style")
+    pipe.load_lora_weights(lora_weights(models.two_levels()), adapter_name="style")
     return pipe, {}
 
 

@@ -35,9 +35,8 @@ def check(pipe: Any, given: dict[str, Any], spec: Any = SPEC) -> torch.Tensor:
 # Adapters
 
 
-def lora_weights(levels: dict[str, Any] = pipelines.ONE_LEVEL) -> dict[str, torch.Tensor]:
-    """As ``load_lora_weights`` takes them, far from zero."""
-    unet = models.sd15(**levels)
+def lora_weights(unet: diffusers.UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """For such a UNet, as ``load_lora_weights`` takes them, far from zero."""
     unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"]))
     random = torch.Generator().manual_seed(5)
     return {
@@ -49,7 +48,7 @@ def lora_weights(levels: dict[str, Any] = pipelines.ONE_LEVEL) -> dict[str, torc
 def test_lora():
     pipe, given = pipelines.sd()
     without = pipelines.run(pipe, given)
-    pipe.load_lora_weights(lora_weights(), adapter_name="style")
+    pipe.load_lora_weights(lora_weights(models.one_level()), adapter_name="style")
     assert not torch.allclose(pipelines.run(pipe, given), without, atol=0.01)
     changed = check(pipe, given)
     with sloth_fx.attach(pipe, SPEC):
@@ -67,11 +66,11 @@ def test_lora_that_is_loaded_while_attached_goes_with_it():
     plain = pipelines.run(pipe, given)
     with sloth_fx.attach(pipe, SPEC):
         without = pipelines.run(pipe, given)
-        pipe.load_lora_weights(lora_weights(), adapter_name="style")
+        pipe.load_lora_weights(lora_weights(models.one_level()), adapter_name="style")
         within = pipelines.run(pipe, given)
     assert not torch.allclose(within, without, atol=0.01)
     assert torch.equal(pipelines.run(pipe, given), plain)
-    pipe.load_lora_weights(lora_weights(), adapter_name="style")
+    pipe.load_lora_weights(lora_weights(models.one_level()), adapter_name="style")
     with sloth_fx.attach(pipe, SPEC):
         torch.testing.assert_close(pipelines.run(pipe, given), within)
 
