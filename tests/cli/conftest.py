@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig
 from typer.testing import CliRunner
 
 from sloth_fx.cli.app import app
-from tests.models import TEXT, sd15
+from tests.models import TEXT, two_levels
 
 LABELS = ("red circle on the left", "blue square", "circle")
 
@@ -60,7 +60,7 @@ def pipeline(tmp_path_factory):
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=11),
-        unet=sd15(),
+        unet=two_levels(),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         ),

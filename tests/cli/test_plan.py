@@ -16,14 +16,14 @@ SIZE = ("--size", "168x104")  # 13 rows and 21 columns
 
 def test_json_is_the_estimate(run, pipeline, spec):
     done = run("plan", pipeline, "--spec", spec, *SIZE, "--steps", 3, "--text", 7, "--dtype", "bfloat16", "--json")
-    expected = estimate(shared("sd15"), SlothfulAttention(keep_middle=False), (13, 21), steps=3, text=7, number_bytes=2)
+    expected = estimate(shared("two_levels"), SlothfulAttention(keep_middle=False), (13, 21), steps=3, text=7, number_bytes=2)
     assert done.code == 0
     assert json.loads(done.out) == json.loads(json.dumps(expected.to_dict()))
 
 
 def test_text(run, pipeline, spec):
     done = run("plan", pipeline, "--spec", spec, *SIZE, "--steps", 3, "--step", 2)
-    cost = estimate(shared("sd15"), SlothfulAttention(keep_middle=False), (13, 21), steps=3, number_bytes=2)
+    cost = estimate(shared("two_levels"), SlothfulAttention(keep_middle=False), (13, 21), steps=3, number_bytes=2)
     assert done.code == 0
     assert "13 rows and 21 columns, 77 text tokens, 3 steps" in done.out
     assert "Step 2 of 3 (progress 0.33, sigma " in done.out

@@ -201,8 +201,9 @@ def fresh_dynamo():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("way", ["torch.compile", "compile"])
-@pytest.mark.parametrize("name", ["pixart", pytest.param("sd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "way"), [("pixart", "torch.compile"), pytest.param("sd", "compile", marks=pytest.mark.slow)]
+)
 def test_a_denoiser_compiled_while_attached_is_whole_graphs(name, way):
     pipe, given = pipelines.PIPELINES[name]()
     part = "unet" if name == "sd" else "transformer"

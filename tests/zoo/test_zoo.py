@@ -41,14 +41,14 @@ HISTORY = ("HeliosTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"
 PER_SAMPLE = ("MochiTransformer3DModel",)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def attentions(name: str) -> list[Attention]:
     with watch(shared(name)) as found:
         run(shared(name), MODELS[name].inputs())
     return found
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def sites(name: str) -> list[sloth_fx.AttentionSite]:
     """Those with a softmax. A transform finds the same as a look at the model, and is needed anyway."""
     if name in REDUCIBLE:
@@ -58,7 +58,7 @@ def sites(name: str) -> list[sloth_fx.AttentionSite]:
     return [site for site in report if site.kind != "linear"]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def patched(name: str) -> torch.nn.Module:
     """Reduces at first, then does nothing, and tiles in the end."""
     return sloth_fx.transform(shared(name), [REDUCE, TILE], example_inputs=MODELS[name].inputs())
