@@ -79,11 +79,6 @@ def patched(spec, **options):
     return model, context, inputs()
 
 
-def patched_unet(spec):
-    model = sloth_fx.transform(models.two_levels(), spec)
-    return model, sloth_fx.context(model), models.inputs(model, 2, 13, 21)
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_phases_bound_the_number_of_graphs(name):
     model, context, values = patched(SPECS[name], phases=3)
@@ -109,10 +104,10 @@ def test_inductor_agrees_with_eager():
         sloth_fx.SlothfulAttention(in_=sloth_fx.Reduction(rate=6.0, k_blend=0.3)),
         sloth_fx.NearSightedTile(tile_size=6),
     ]
-    model, context, values = patched_unet(spec)
+    model, context, values = patched(spec)
     context.at(0.4)
-    eager = models.run(model, values)
-    compiled = models.run(torch.compile(model, fullgraph=True), values)
+    eager = run(model, values)
+    compiled = run(torch.compile(model, fullgraph=True), values)
     assert (compiled - eager).abs().max() <= 1e-4
     assert graphs() == 1
 

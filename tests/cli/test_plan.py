@@ -16,7 +16,8 @@ SIZE = ("--size", "168x104")  # 13 rows and 21 columns
 
 def test_json_is_the_estimate(run, pipeline, spec):
     done = run("plan", pipeline, "--spec", spec, *SIZE, "--steps", 3, "--text", 7, "--dtype", "bfloat16", "--json")
-    expected = estimate(shared("two_levels"), SlothfulAttention(keep_middle=False), (13, 21), steps=3, text=7, number_bytes=2)
+    slothful = SlothfulAttention(keep_middle=False)
+    expected = estimate(shared("two_levels"), slothful, (13, 21), steps=3, text=7, number_bytes=2)
     assert done.code == 0
     assert json.loads(done.out) == json.loads(json.dumps(expected.to_dict()))
 
