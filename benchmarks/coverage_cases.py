@@ -32,6 +32,7 @@ from sloth_fx import (
 from sloth_fx.analysis import WholeGraph, text_kv, whole_graph
 from sloth_fx.capture import capture
 from sloth_fx.capture.call import labelled_tensors
+from sloth_fx.capture.skeleton import Skeleton
 from sloth_fx.locate import Survey, survey
 from sloth_fx.model_adapters import Arguments, adapter_for, trial_call
 from sloth_fx.passes.canonicalise import canonicalise
@@ -130,6 +131,9 @@ def measure(subject: Subject) -> Measured:
     try:
         case = _Case(subject, model)
     except Exception as error:
+        if missing := _missing(subject, model):
+            why = f"not tried, as the model itself does not run without what is not installed here: {missing}"
+            return Measured(subject, outcomes=dict.fromkeys(COLUMNS, Outcome(NOT_APPLICABLE, why)))
         return Measured(subject, outcomes=dict.fromkeys(COLUMNS, _failure(subject.name, error)) | outcomes)
     attempts: dict[str, Callable[[], Outcome]] = {
         "located": case.located,
@@ -141,6 +145,19 @@ def measure(subject: Subject) -> Measured:
     }
     outcomes |= {column: _tried(f"{subject.name}, {column}", attempt) for column, attempt in attempts.items()}
     return Measured(subject, Counter(site.kind for site in case.found.sites), outcomes)
+
+
+def _missing(subject: Subject, model: nn.Module) -> str:
+    """The error of a model that does not run as it is either, because a package is not there, such as torchvision."""
+    skeleton = Skeleton(model)
+    try:
+        with skeleton.running():
+            skeleton.model(**skeleton.fake_inputs(subject.inputs(model)))
+    except (NameError, ImportError) as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # that is told elsewhere
+        return ""
+    return ""
 
 
 def _tried(what: str, attempt: Callable[..., Outcome], *arguments: Any) -> Outcome:

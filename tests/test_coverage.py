@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,14 @@ def test_what_goes_wrong_is_told(monkeypatch, cls, mark, why):
     assert marks == dict.fromkeys(coverage.COLUMNS, mark)
     assert not measured.sites
     assert all(why in outcome.note for column, outcome in measured.outcomes.items() if column != "inputs")
+
+
+def test_a_model_that_needs_what_is_not_installed(monkeypatch):
+    name = "CosmosControlNetModel"
+    monkeypatch.delattr(sys.modules[getattr(diffusers, name).__module__], "transforms", raising=False)  # torchvision's
+    measured, marks = outcomes(name)
+    assert marks == dict.fromkeys(coverage.COLUMNS, NOT_APPLICABLE)
+    assert "'transforms' is not defined" in measured.outcomes["inputs"].note
 
 
 @pytest.mark.parametrize(
