@@ -149,13 +149,14 @@ def measure(subject: Subject) -> Measured:
 
 def _missing(subject: Subject, model: nn.Module) -> str:
     """The error of a model that does not run as it is either, because a package is not there, such as torchvision."""
-    skeleton = Skeleton(model)
     try:
+        skeleton = Skeleton(model)
+        inputs = skeleton.fake_inputs(subject.inputs(model))
         with skeleton.running():
-            skeleton.model(**skeleton.fake_inputs(subject.inputs(model)))
+            skeleton.model(**inputs)
     except (NameError, ImportError) as error:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # that is told elsewhere
+    except Exception:  # of which the table tells elsewhere
         return ""
     return ""
 
