@@ -271,11 +271,22 @@ class _Case:
             patched = sloth_fx.transform(self.model, spec, example_inputs=self.inputs)
         except SlothError as refusal:
             return Outcome(NOT_APPLICABLE, _failure(f"{self.subject.name}, {column}", refusal).note)
-        if self.subject.tiny:
-            coverage_guidance.steer(patched, self.model, self.inputs, EARLY)
-        outcome = self._changed(patched)
+        outcome = self._steered(column, patched)
         reason = coverage_guidance.why_dear(sloth_fx.report(patched))
         return Outcome(DEAR, reason) if reason and outcome.mark == WORKS else outcome
+
+    def _steered(self, column: str, patched: nn.Module) -> Outcome:
+        """What comes of the first negative text that the model can be guided by, or of no such text."""
+        if not self.subject.tiny:
+            return Outcome(WORKS)
+        refusals = []
+        for negative in coverage_guidance.negatives(patched, self.model, self.inputs):
+            coverage_guidance.steer(patched, negative, EARLY)
+            try:
+                return self._changed(patched)
+            except SlothError as refusal:
+                refusals.append(Outcome(NOT_APPLICABLE, _failure(f"{self.subject.name}, {column}", refusal).note))
+        return refusals[0]
 
     def _changed(self, patched: nn.Module) -> Outcome:
         """Whether a patched model, where there is data, computes something else than the original."""

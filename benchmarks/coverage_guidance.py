@@ -26,15 +26,25 @@ def spec_for(column: str, sites: Sequence[AttentionSite]) -> Spec:
     return {"NAG": NAG, "PAG": PAG, "SEG": SEG}[column]()
 
 
-def steer(patched: nn.Module, model: nn.Module, inputs: Inputs, progress: float) -> None:
-    """Let the next call be guided: by noise in the place of the text, where it is a negative text that guides."""
+def negatives(patched: nn.Module, model: nn.Module, inputs: Inputs) -> list[dict[str, Any]]:
+    """Noise in the place of the text, where it is a negative text that guides: alone, with the masks of its words, and
+    with all else that conditions the model, for hosts that read keys from both."""
+    if not any("NAG" in site.operators for site in sloth_fx.report(patched)):
+        return [{}]
+    text = {label.partition("[")[0] for label in Arguments(model, adapter_for(model)).text((), inputs)}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    masks = {name for name, value in tensors.items() if "mask" in name and value.ndim == 2}
+    images = {name for name in tensors if "image" in name and "mask" not in name}
+    chosen = (text, text | masks, text | masks | images)
+    return [{name: _noise(inputs[name]) for name in sorted(names)} for names in chosen]
+
+
+def steer(patched: nn.Module, negative: dict[str, Any], progress: float) -> None:
+    """Let the next call be guided."""
     context = sloth_fx.context(patched)
     context.at(progress)
-    if any("NAG" in site.operators for site in sloth_fx.report(patched)):
-        names = {label.partition("[")[0] for label in Arguments(model, adapter_for(model)).text((), inputs)}
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        names |= {name for name, value in tensors.items() if "mask" in name and value.ndim == 2}  # of words
-        context.set_negative(**{name: _noise(inputs[name]) for name in sorted(names)})
+    if negative:
+        context.set_negative(**negative)
 
 
 def _noise(text: Any) -> Any:

@@ -45,6 +45,12 @@ def choose_way(model: nn.Module, branches: Branches, call: Call) -> str | None:
     widened. Raises :class:`SlothError` where neither is possible."""
     texts = [id(each) for each in branches.arguments.text(*call).values()]
     labelled = branches.original.labelled(call)
+    for name, each in labelled.items():
+        if id(each) in texts and each.ndim < 2:
+            raise SlothError(
+                f"the text {name} has shape {tuple(each.shape)}, and no rows that a negative text could have beside "
+                "it: NAG takes texts (B, N, C), or (N, C) in a list"
+            )
     branches.located = {name: count_tokens(each) for name, each in labelled.items() if id(each) in texts}
     reason = why_not_shared(model, call)
     if reason is None:

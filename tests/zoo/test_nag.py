@@ -48,6 +48,7 @@ IN_STEP = {
 }
 REFUSED = {
     "UNet2DModel": "NAG needs cross-attention or joint attention of image tokens to text",
+    "Cosmos3OmniTransformer": r"the text input_ids has shape \(7,\), and no rows",
     "Lumina2Transformer2DModel": "which of its tokens are the image's is not known",
 }
 
