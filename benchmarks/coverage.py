@@ -1,6 +1,6 @@
 """What the library can do with each denoiser that diffusers exports, as a table in docs/coverage.md.
 
-    python -m benchmarks.coverage                                # all: some 9 minutes on two quiet cores
+    python -m benchmarks.coverage                                # all: 8 minutes on two cores
     python -m benchmarks.coverage --only PixArtTransformer2DModel UNet2DModel    # a table on the terminal
 
 A denoiser is a model that takes a timestep. The classes are found in diffusers itself, so that new ones appear. Those
